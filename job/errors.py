@@ -66,7 +66,7 @@ class JobError(Exception):
 
 
 class Killed(JobError):
-    """One of several processes was killed or crashed. Counts like a bug: the memory may always be too small."""
+    """One of several processes was killed or crashed. Counts like a bug: each restart may run out of memory again."""
 
     meaning = "a process was killed"
 
@@ -214,7 +214,7 @@ Where several inputs, processes or machines fail in different ways, the kind tha
 """
 
 
-def gravest(exit_codes: Iterable[int]) -> int:
+def most_serious(exit_codes: Iterable[int]) -> int:
     """The most serious of at least one exit code of the table."""
     order = [kind.exit_code for kind in _KINDS]
     return min(exit_codes, key=order.index)
@@ -228,7 +228,7 @@ def combine(errors: Sequence[tuple[str, JobError]]) -> JobError:
     """
     if len(errors) == 1:
         return errors[0][1]
-    code = gravest(error.exit_code for _, error in errors)
+    code = most_serious(error.exit_code for _, error in errors)
     kind = next(kind for kind in _KINDS if kind.exit_code == code)
     if not issubclass(kind, _ManyProblems):
         first = next(error for _, error in errors if error.exit_code == code)

@@ -8,8 +8,8 @@ Where a run resumes within a stage:
 
 - pull: rows and the quantized base at the commits and keys of the first attempt (`stages.pull_rows`, `pull_model`);
 - evaluations: sequences that were scored (`evaluation.score_cache`);
-- training: the newest valid checkpoint (`_restore` in `stages.train`, `checkpoints.manager`), then the state in it
-  (`checkpoints.trainer_state`);
+- training: the newest valid checkpoint (`_restore` in `stages.train`, `checkpoints.checkpoint_store`), then the state
+  in it (`checkpoints.trainer_state`);
 - export: candidates are made again, and files that are in the store are not uploaded again (`stages.export`).
 
 Stages are imported when they begin: their libraries take seconds to import, and wrong settings are refused before that.
@@ -38,12 +38,12 @@ from job.runs.layout import BASE, PACKING, Stage
 from job.runs.run_settings import keep_settings
 from job.runs.stage_records import require_same_inputs
 from job.settings.load import Settings
-from job.settings.training_stages import naming_its_settings, split_stages
+from job.settings.training_stages import settings_renamed_in_errors, split_stages
 from job.stages.handoff import Loaded, Sources
 from job.stages.publish import publish
 from job.stages.pull import pull
 from job.stages.pull_audit import publish_findings
-from job.start_and_end import ProcessContext, check_before_lease, hand_over, hand_over_if_complete, next_attempt
+from job.start_and_end import ProcessContext, check_before_lease, deliver_and_push, deliver_if_complete, next_attempt
 
 
 def run(settings: Settings, context: ProcessContext, delivery: Delivery | None = None) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def run(settings: Settings, context: ProcessContext, delivery: Delivery | None =
     if settings.export.run is not None:
         training_stages = training_stages[-1:]  # a first one is part of what the last one takes over
     if len(training_stages) > 1:
-        done = hand_over_if_complete(settings, delivery, context.processes, context.check_stop)
+        done = deliver_if_complete(settings, delivery, context.processes, context.check_stop)
         if done is not None:
             return done  # the first one is not looked at: its folder may be gone
     for number, stage_settings in enumerate(training_stages, start=1):
@@ -87,17 +87,17 @@ def _run_training_stage(
     `later` are the settings of the training stages that follow.
     """
     processes = context.processes
-    done = hand_over_if_complete(settings, delivery, processes, context.check_stop)
+    done = deliver_if_complete(settings, delivery, processes, context.check_stop)
     if done is not None:
         return done
     processes.share("inputs", lambda: check_before_lease(settings, later, processes.place.world_size))
     with next_attempt(settings, context, last=not later) as attempt:
         with attempt.timed(Stage.PULL):
             sources = pull(attempt, settings, later)
-        with naming_its_settings(settings.part_of):
+        with settings_renamed_in_errors(settings.part_of):
             loaded = _load(attempt, settings, sources)
         with (
-            naming_its_settings(settings.part_of),
+            settings_renamed_in_errors(settings.part_of),
             # Meanwhile a thread uploads the quantized base to its cache, where there is one.
             publishing(sources.cache_entry if processes.leads else None, context.stop, context.report_progress),
         ):
@@ -110,7 +110,9 @@ def _run_training_stage(
             )
         attempt.on_results(results)
     # The others wait: a process that is left alone is ended after the grace period.
-    processes.share("handed over", lambda: hand_over(settings, attempt.store, results, delivery, context.check_stop))
+    processes.share(
+        "handed over", lambda: deliver_and_push(settings, attempt.store, results, delivery, context.check_stop)
+    )
     return require_gate(results)
 
 

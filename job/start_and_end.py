@@ -1,9 +1,11 @@
 """What a run does before its first stage and after its last one; `job/pipeline.py` calls these functions in this order.
 
-1. `hand_over_if_complete`: if an earlier attempt completed the run, it is handed over again, and nothing else is done.
-2. `check_before_lease`: wrong settings are refused before the run takes its lease, so that they leave nothing behind.
-3. `next_attempt`: takes the lease, begins the next attempt and reports about it; its end is recorded on leaving.
-4. `hand_over`: delivers the published results to the platform, pushes them, and prints the summary.
+1. `deliver_if_complete`: if an earlier attempt completed the run, it is delivered again, and nothing else is done.
+2. `check_before_lease`: wrong paths, names and push targets are refused before the run takes its lease, so that they
+   leave nothing behind.
+3. `next_attempt`: takes the lease, begins the next attempt and reports about it, and refuses a machine without the GPU
+   that the settings need; the attempt's end is recorded on leaving.
+4. `deliver_and_push`: delivers the published results to the platform, pushes them, and prints the summary.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from job.distributed.processes import ALONE, Processes, require_one_kind
 from job.errors import DataError, JobError
 from job.model.device import choose_device
 from job.platforms.detect import Delivery
-from job.preemption.stop_flag import Stop
+from job.preemption.stop_flag import StopFlag
 from job.push.push import check_targets, push_run, targets
 from job.records import FP8
 from job.results.completed import read_complete, require_gate, withdraw_incomplete
@@ -34,7 +36,7 @@ from job.runs.run_log import IdleLimit
 from job.runs.run_settings import agree_on_settings, compare_settings
 from job.settings.affects_result import common_settings, decisive_settings, default_settings
 from job.settings.load import Settings, current_platform, environment, exporters, plain_values, trackers
-from job.settings.training_stages import folder_of, naming_given_settings
+from job.settings.training_stages import folder_of, given_settings_renamed_in_errors
 from job.stages.inputs import check_inputs
 from job.storage.open import ObjectStore, open_store, storage_options
 from job.storage.permissions import check_permissions
@@ -57,7 +59,7 @@ class ProcessContext:
         processes: All processes of the run; this is one of them.
     """
 
-    stop: Stop
+    stop: StopFlag
     report_progress: Callable[[], None]
     idle: IdleLimit
     faults: tuple[Fault, ...] = ()
@@ -72,7 +74,7 @@ class ProcessContext:
         self.stop.check()
 
 
-def hand_over_if_complete(
+def deliver_if_complete(
     settings: Settings,
     delivery: Delivery | None,
     processes: Processes = ALONE,
@@ -97,11 +99,11 @@ def hand_over_if_complete(
         JobError: It cannot be pushed.
     """
     agree_on_settings(processes, common_settings(plain_values(settings)))
-    with naming_given_settings(settings):
-        return processes.share("results of before", lambda: _hand_over_if_complete(settings, delivery, check_stop))
+    with given_settings_renamed_in_errors(settings):
+        return processes.share("results of before", lambda: _deliver_if_complete(settings, delivery, check_stop))
 
 
-def _hand_over_if_complete(
+def _deliver_if_complete(
     settings: Settings, delivery: Delivery | None, check_stop: Callable[[], None]
 ) -> dict[str, Any] | None:
     store = _store(settings)
@@ -114,7 +116,7 @@ def _hand_over_if_complete(
     if settings.export.run is not None:
         _take_over(settings)  # refuses another run than the one that is exported here
     log.get_logger().info("this run is complete already", results=f"{store.uri}/{RESULTS}")
-    hand_over(settings, store, results, delivery, check_stop)
+    deliver_and_push(settings, store, results, delivery, check_stop)
     return require_gate(results)
 
 
@@ -194,7 +196,7 @@ def next_attempt(settings: Settings, context: ProcessContext, *, last: bool) -> 
         ) as tracker,
         ExitStack() as stack,
     ):
-        with naming_given_settings(settings):
+        with given_settings_renamed_in_errors(settings):
             attempt = stack.enter_context(opening)
         live.figures = attempt.figures
         silent = attempt.earlier[-1] if attempt.earlier and attempt.earlier[-1].outcome in SILENT else None
@@ -228,7 +230,7 @@ def _check_machine(settings: Settings, processes: Processes) -> None:
         require_fp8(device)
 
 
-def hand_over(
+def deliver_and_push(
     settings: Settings,
     store: ObjectStore,
     results: dict[str, Any],

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from job.common.validation import adapter_of
 from job.distributed.processes import Alone
 from job.distributed.ranks import Place
-from job.preemption.stop_flag import Stop
+from job.preemption.stop_flag import StopFlag
 from job.runs.attempt import Attempt
 from job.runs.fault_injection import Faults
 from job.storage.local import LocalStore
@@ -59,7 +59,9 @@ def make_attempt(folder: Path, records: Mapping[str, Any] | None = None, **field
     """
     store = LocalStore(folder / "run")
     (folder / "work").mkdir(parents=True, exist_ok=True)
-    attempt = Attempt(store, folder / "work", 1, Stop(), lambda: None, Faults((), store), **{"earlier": []} | fields)
+    attempt = Attempt(
+        store, folder / "work", 1, StopFlag(), lambda: None, Faults((), store), **{"earlier": []} | fields
+    )
     for name, record in (records or {}).items():
         if record is not None:
             attempt.keep(name, adapter_of(type(record)).dump_json(record).decode())

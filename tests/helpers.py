@@ -88,7 +88,7 @@ def load_plain(folder: Path, **changes: Any) -> Any:
     """A base in fp32, without an adapter, loaded by the job's own means; `changes` are arguments of `load_base`."""
     import torch
 
-    from job.model.base import load_base
+    from job.model.load_base import load_base
 
     how: dict[str, Any] = {"quantization": "none", "double_quantization": True, "dtype": torch.float32}
     return load_base(folder, **how | {"device": torch.device("cpu"), "max_length": 512} | changes)

@@ -1,4 +1,4 @@
-"""What the import contracts in pyproject.toml do not hold: quick answers, the environment, no code of strangers."""
+"""What the contracts in .github/imports.toml do not hold: quick answers, the environment, no code of strangers."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_models_are_loaded_with_remote_code_refused() -> None:
         and "from_pretrained" in ast.unparse(node.func)
     ]
     assert {name for name, _ in calls} == {
-        *("export.autoround_process", "export.exported_model", "model.base", "model.files", "model.informed_init"),
+        *("export.autoround_process", "export.exported_model", "model.load_base", "model.files", "model.informed_init"),
         *("evaluation.judges", "model.text_classifier"),
         *("model.tokenizer", "model.tokenizer_files"),
     }

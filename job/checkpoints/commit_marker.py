@@ -1,6 +1,7 @@
 """The commit marker of a checkpoint, `COMMITTED.json`: which files it has, with sizes and SHA-256, and who wrote them.
 
-It is written last. Nothing in it is trusted when it is read: anybody may have written it. How it is used: `manager`.
+It is written last. Nothing in it is trusted when it is read: anybody may have written it. How it is used:
+`checkpoint_store`.
 """
 
 from __future__ import annotations

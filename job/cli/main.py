@@ -1,4 +1,4 @@
-"""The command line: which command is run, and the one place where an exception becomes an exit code."""
+"""The command line: which command is run; an exception becomes an exit code in `error_report`."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from job.distributed.early_end import publishing_early_end
 from job.distributed.launcher import Machine, check_signals, count_processes, launch, recorded_signals, worker_command
 from job.distributed.ranks import Place, find_machines
 from job.errors import Problem, SettingsError, Stalled
-from job.platforms.sagemaker import outlives_machine
+from job.platforms.sagemaker_copied_folder import outlives_machine
 from job.runs.fault_injection import Fault, parse
 from job.settings.load import (
     Settings,
@@ -120,10 +120,10 @@ def _launch(settings: Settings, argv: Sequence[str]) -> int | None:
         if processes * run.nodes == 1:
             check_signals(signals)
             return None
-        from job.start_and_end import hand_over_if_complete
+        from job.start_and_end import deliver_if_complete
 
         delivery = current_platform().delivery if run.node_rank == 0 else None
-        if hand_over_if_complete(settings, delivery) is not None:  # the other machines may be gone for good
+        if deliver_if_complete(settings, delivery) is not None:  # the other machines may be gone for good
             return 0
         # With one machine the rank is ignored: the pods of an Indexed Job may be independent runs.
         machine = Machine(processes, run.nodes, run.node_rank, run.rendezvous) if run.nodes > 1 else Machine(processes)

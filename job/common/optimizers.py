@@ -2,7 +2,8 @@
 
 To add one:
 1. Add an entry to `OPTIMIZERS`. Its key is the value of `JOB_TRAIN__OPTIMIZER`, and a name that transformers'
-   `TrainingArguments.optim` knows: the class and its betas come from there (else it is `own`, as muon is).
+   `TrainingArguments.optim` knows: the class and its betas come from there. Else it is `own`, as muon is, and
+   `training.trainer` makes it, in `create_optimizer`.
 2. List in `state` every tensor that its `state_dict()` holds for a parameter. A checkpoint with any other tensor, shape
    or dtype is refused, because the optimizers' kernels take sizes from the parameter and addresses from the state.
 3. Give the devices on which it runs, and the optimizer that replaces it on others.

@@ -52,7 +52,7 @@ def _exactly(source: BinaryIO | IO[bytes], count: int) -> bytes:
     return data
 
 
-def pack_rows(chunk: Sequence[Row | RowError | Line], *, together: bool) -> tuple[bytes, bytes] | None:
+def encode_rows(chunk: Sequence[Row | RowError | Line], *, together: bool) -> tuple[bytes, bytes] | None:
     """The rows as a message, lines undecoded; None if a value has a type that JSON lacks, such as a date."""
     if not all(_is_plain(row.fields) for row in chunk if isinstance(row, Row)):
         return None
@@ -74,8 +74,8 @@ def _is_plain(value: Any) -> bool:
     return all(map(_is_plain, value)) if kind is list else kind in _PLAIN
 
 
-def unpack_rows(chunk: dict[str, Any], blob: bytes) -> list[Row | RowError | Line]:
-    """The rows of a message that `pack_rows` made."""
+def decode_rows(chunk: dict[str, Any], blob: bytes) -> list[Row | RowError | Line]:
+    """The rows of a message that `encode_rows` made."""
     rows: list[Row | RowError | Line] = []
     at = 0
     for where, first, *fault in chunk["rows"]:

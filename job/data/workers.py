@@ -36,14 +36,14 @@ from job.data.text_tokenizer import TextTokenizer, from_portable, text_tokenizer
 from job.data.tokenization import Encoded
 from job.data.worker_messages import (
     as_json,
+    decode_rows,
+    encode_rows,
     pack_bundle,
     pack_outcomes,
-    pack_rows,
     receive,
     send,
     unpack_bundle,
     unpack_outcomes,
-    unpack_rows,
 )
 from job.errors import DataError, JobError, Killed, Problem
 
@@ -170,7 +170,7 @@ class Encoding:
     def _submit(self, chunk: list[Row | RowError | Line], *, together: bool) -> Future[list[Outcome] | Bundle]:
         if self._workers is None and self._processes > 1 and self._alone >= ROWS_ALONE:
             self._start(chunk)
-        if self._workers is not None and (message := pack_rows(chunk, together=together)) is not None:
+        if self._workers is not None and (message := encode_rows(chunk, together=together)) is not None:
             return self._workers.submit(*message)
         self._alone += len(chunk)
         done: Future[list[Outcome] | Bundle] = Future()
@@ -341,7 +341,7 @@ def main() -> None:
             except EOFError:
                 return
             try:
-                outcomes = encoder(unpack_rows(chunk, blob))
+                outcomes = encoder(decode_rows(chunk, blob))
                 answer, blob = pack_bundle(bundle(outcomes)) if chunk["together"] else pack_outcomes(outcomes)
             except DataError as error:
                 answer, blob = {"problems": [[one.where, one.what] for one in error.problems]}, b""

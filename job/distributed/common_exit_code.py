@@ -7,7 +7,7 @@
     gone#RANK       a process has ended, or is about to; if it failed, its failure is in the store
 
 Most platforms take the exit code of one machine, often the first that ends, as that of the whole run. Therefore the
-launchers agree: each ends with the most serious exit code that any machine published (`errors.gravest`).
+launchers agree: each ends with the most serious exit code that any machine published (`errors.most_serious`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from job.errors import Killed, exit_codes, gravest
+from job.errors import Killed, exit_codes, most_serious
 
 END = "end"
 """Key of the first failure."""
@@ -114,7 +114,7 @@ def _of_all(codes: dict[str, int], failed: Sequence[dict[str, Any]], machines: S
             ends.append(End(_known(code), key.replace("#", " "), f"ended with exit code {code}"))
     if not ends:
         return End(0)
-    code = gravest(end.code for end in ends)
+    code = most_serious(end.code for end in ends)
     return next(end for end in ends if end.code == code)
 
 

@@ -24,7 +24,7 @@ from job.distributed import other_machines
 from job.distributed.other_machines import OtherMachines
 from job.distributed.ranks import LAUNCHER, Place
 from job.distributed.rendezvous import host_store
-from job.errors import Killed, Preempted, Problem, SettingsError, exit_codes, gravest
+from job.errors import Killed, Preempted, Problem, SettingsError, exit_codes, most_serious
 from job.preemption.stop_flag import signals_to_handle
 
 _POLL_SECONDS = 0.05
@@ -296,7 +296,7 @@ def _one_exit_code(codes: Mapping[int, int], late: set[int], only_late: int = Pr
     causes = [code for code in codes.values() if code in table] + [
         Killed.exit_code for _ in _killed_or_unknown(codes, late)
     ]
-    return gravest(causes) if causes else only_late
+    return most_serious(causes) if causes else only_late
 
 
 def worker_command(arguments: Sequence[str]) -> list[str]:

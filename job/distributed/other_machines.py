@@ -15,7 +15,7 @@ from job.common.threads import in_thread
 from job.distributed.common_exit_code import SETTLE_SECONDS, End, agree_on_end, publish_end, read_first_failure
 from job.distributed.ranks import Place
 from job.distributed.rendezvous import keyspace, reach_keyspace
-from job.errors import error_of_process, gravest
+from job.errors import error_of_process, most_serious
 
 T = TypeVar("T")
 
@@ -99,7 +99,7 @@ class OtherMachines:
             JobError: Another machine ended with a more serious exit code, which this error has.
         """
         fallback = End(own_code)
-        if self.first is not None and own_code and gravest((own_code, self.first.code)) != own_code:
+        if self.first is not None and own_code and most_serious((own_code, self.first.code)) != own_code:
             fallback = self.first
         seconds = min(SETTLE_SECONDS, seconds)
         agreed = self._requests.submit(

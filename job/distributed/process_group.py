@@ -22,7 +22,7 @@ from job.distributed.common_exit_code import END, failure_key, gone_key, publish
 from job.distributed.peers import Peers, identity
 from job.distributed.ranks import Place
 from job.errors import JobError, Killed, Preempted, error_of_process
-from job.preemption.stop_flag import Stop
+from job.preemption.stop_flag import StopFlag
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ class ProcessGroup:
     """
 
     def __init__(
-        self, place: Place, store: Any, stop: Stop, report_progress: Callable[[], None], grace_seconds: float
+        self, place: Place, store: Any, stop: StopFlag, report_progress: Callable[[], None], grace_seconds: float
     ) -> None:
         self.place, self.leads, self.stopping = place, place.rank == 0, False
         self._store, self._stop, self._report_progress, self._grace = store, stop, report_progress, grace_seconds

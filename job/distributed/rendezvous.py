@@ -21,7 +21,7 @@ from job.distributed.process_group import CHECK_SECONDS, ProcessGroup
 from job.distributed.processes import ALONE, Processes
 from job.distributed.ranks import Place
 from job.errors import Killed, Problem, SettingsError, Unreachable
-from job.preemption.stop_flag import Stop
+from job.preemption.stop_flag import StopFlag
 
 _CONNECT_SECONDS = 2.0
 _REACH_SECONDS = 10.0
@@ -117,7 +117,7 @@ def join(
     place: Place | None,
     run: str,
     *,
-    stop: Stop,
+    stop: StopFlag,
     report_progress: Callable[[], None],
     timeout_seconds: float,
     grace_seconds: float,
@@ -174,7 +174,7 @@ def join(
         group.leave()
 
 
-def _reach(place: Place, run: str, deadline: float, stop: Stop, report_progress: Callable[[], None]) -> Any:
+def _reach(place: Place, run: str, deadline: float, stop: StopFlag, report_progress: Callable[[], None]) -> Any:
     """The store, once it can be reached; process 0 hosts it where no launcher does."""
     if place.rank == 0 and not place.hosted:
         return host_store(place.port, run)

@@ -20,8 +20,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from job.evaluation.key_value_cache import can_be_reserved, new_cache, reserve
 from job.evaluation.token_sampling import Draws, choose_tokens
-from job.model.base import PLAIN
 from job.model.fused.fused_decoder import attention_with_cache
+from job.model.load_base import PLAIN
 from job.model.lora import base_of
 from job.model.packed_attention import is_packed, use
 from job.records import Answer

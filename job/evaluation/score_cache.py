@@ -46,7 +46,7 @@ CODE = (
     "job.model.adapter_files",
     "job.model.adapter_options",
     "job.model.architecture",
-    "job.model.base",
+    "job.model.load_base",
     "job.model.decomposed_init",
     "job.model.experts",
     "job.model.families",

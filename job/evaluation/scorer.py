@@ -5,7 +5,7 @@ In a REPL:
     >>> import torch
     >>> from pathlib import Path
     >>> from job.evaluation.scorer import Question, score_questions
-    >>> from job.model.base import load_base
+    >>> from job.model.load_base import load_base
     >>> from job.model.tokenizer import load_tokenizer
     >>> folder = Path("job/demo/base")
     >>> tokenizer = load_tokenizer(folder)

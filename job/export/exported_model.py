@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from job.errors import DataError, Problem
-from job.model.base import PLAIN, load_base
 from job.model.device import short_name
 from job.model.files import MAX_CONFIG_BYTES, read_json
 from job.model.free_model import free_model
+from job.model.load_base import PLAIN, load_base
 from job.model.loading_errors import loading_weights
 from job.model.packed_attention import NAME, register, use
 

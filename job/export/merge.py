@@ -30,10 +30,10 @@ from job.errors import TrainingFailed
 from job.export.merge_plan import ADAPTER, ORIGINAL, MergedTensor, MergePlan, adapted_or_quantized
 from job.export.tensor_files import read_tensor, write_config, write_weights
 from job.export.whole_parameters import WholeParameter, trained_whole, with_vocabulary
-from job.model.base import is_quantized
 from job.model.device import short_name
 from job.model.files import MAX_CONFIG_BYTES, read_config, read_json
 from job.model.fused.frozen_weights import dequantized
+from job.model.load_base import is_quantized
 from job.model.tokenizer_files import copy_tokenizer
 
 COPIED_FILES = (

@@ -18,9 +18,9 @@ import torch
 from job.errors import Problem, SettingsError
 from job.export.tensor_files import parameter_names, read_headers
 from job.export.whole_parameters import WholeParameter, grown_vocabulary, trained_whole, why_not_grown
-from job.model.base import dtype_by_name, is_quantized
 from job.model.experts import expert_tensors, packed
 from job.model.files import MAX_CONFIG_BYTES, build_empty, quantization_method, read_config, read_json
+from job.model.load_base import dtype_by_name, is_quantized
 
 ORIGINAL, DEQUANTIZED, BEST = "original", "dequantized", "best"
 ADAPTER = "default"

@@ -21,7 +21,7 @@ import torch
 from job import log
 from job.common.formatting import first_line
 from job.errors import DataError, JobError, Problem, SettingsError
-from job.model.base import PLAIN
+from job.model.load_base import PLAIN
 from job.model.lora import trainable
 from job.model.model_record import held
 from job.model.packed_attention import CHECKED, NAME, Unpackable, use

@@ -40,9 +40,9 @@ ALIGNMENT = 256
 """Bytes to which every tensor in a slot is aligned, as torch's allocator aligns them on a GPU: kernels may choose how
 they load by the address."""
 _NONE = -1
-"""In place of the number of a layer: no need."""
+"""Sent instead of a layer's number: this process needs no layer."""
 _AT_BARRIER = -2
-"""In place of the number of a layer: this process waits in `barrier` for all others."""
+"""Sent instead of a layer's number: this process waits in `barrier` for all others."""
 PLACED = "placed_weights"
 """Attribute of the base, which holds its `PlacedWeights`."""
 
@@ -75,14 +75,14 @@ class LayerSource(Protocol):
     def keep(self, layer: torch.Tensor) -> int:
         """Takes the next layer, (bytes,) uint8 on the device; returns the bytes of a slot that it is fetched into."""
 
-    def ready(self, size: int) -> None:
-        """All layers are kept, the largest of `size` bytes."""
+    def allocate(self, size: int) -> None:
+        """Called once all layers are kept: allocates what fetching them needs. `size`: bytes of the largest."""
 
     def fetch(self, number: int, slot: torch.Tensor) -> Wait:
         """Starts to fill a slot with a layer, after what was launched before."""
 
     def serve(self) -> None:
-        """Takes part in the gathers of others until no process needs any more."""
+        """Takes part in the gathers of others until no process needs a layer any more."""
 
     def release(self) -> None:
         """Frees the memory."""
@@ -96,12 +96,13 @@ class _Host:
         self._layers: list[torch.Tensor] = []
         self._pinned: list[torch.Tensor] = []
         # Memory that is freed while it is pinned is given to others, and copies between it and the GPU then fail.
+        # Not at the end of the process, when CUDA may be gone.
         weakref.finalize(self, unpin, self._pinned, device).atexit = False
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def keep(self, layer: torch.Tensor) -> int:
         copy = torch.empty(layer.shape, dtype=layer.dtype, device="cpu")
-        if self._stream is not None:  # before it is filled: that is faster, too
+        if self._stream is not None:  # before it is filled, which is faster
             if pin(copy, self._device):
                 self._pinned.append(copy)
             elif not self._layers:
@@ -111,7 +112,7 @@ class _Host:
         self._layers.append(copy.copy_(layer))
         return copy.numel()
 
-    def ready(self, size: int) -> None:
+    def allocate(self, size: int) -> None:
         """Nothing is left to do."""
 
     def fetch(self, number: int, slot: torch.Tensor) -> Wait:
@@ -134,15 +135,15 @@ class _Host:
         self._layers.clear()
 
 
-class _Shares:
-    """This process's share of every layer, on its device; the others have the rest."""
+class _Shards:
+    """One of N equal parts of every layer, on this process's device; the other processes have the others."""
 
     def __init__(self, group: AllGather, device: torch.device) -> None:
         self._group, self._device = group, device
         self._rank, self._count = group.place.rank, group.place.world_size
         self._own: list[torch.Tensor] = []
-        self._aside: torch.Tensor | None = None
-        self._aside_filled: Wait = _nothing
+        self._scratch: torch.Tensor | None = None
+        self._scratch_filled: Wait = _nothing
         self.opened = 0
         """How many `taking_part` are open, one within the other."""
 
@@ -153,9 +154,9 @@ class _Shares:
         self._own.append(padded[share * self._rank : share * (self._rank + 1)].clone())
         return padded.numel()
 
-    def ready(self, size: int) -> None:
+    def allocate(self, size: int) -> None:
         # Now, not when another process needs a layer that this one does not: memory may have run out by then.
-        self._aside = torch.empty(size, dtype=torch.uint8, device=self._device)
+        self._scratch = torch.empty(size, dtype=torch.uint8, device=self._device)
 
     def fetch(self, number: int, slot: torch.Tensor) -> Wait:
         if not self.opened:
@@ -177,8 +178,8 @@ class _Shares:
                 raise OtherOutOfMemory
 
     def release(self) -> None:
-        self._aside_filled()
-        self._own, self._aside = [], None
+        self._scratch_filled()
+        self._own, self._scratch = [], None
 
     def _round(self, layer: int, slot: torch.Tensor | None) -> tuple[set[int], Wait]:
         """Gathers what any process needs; returns what all say, and how to wait for this one's layer."""
@@ -186,14 +187,14 @@ class _Shares:
         numbers = set(self._group.exchange(layer))
         for number in sorted(numbers - {_NONE, _AT_BARRIER}):
             own = self._own[number]
-            into = slot if number == layer else self._aside
-            if into is self._aside:
-                self._aside_filled()  # before it is filled again
+            into = slot if number == layer else self._scratch
+            if into is self._scratch:
+                self._scratch_filled()  # before it is filled again
             wait = self._group.gather_into(into[: own.numel() * self._count], own)  # type: ignore[index]
             if number == layer:
                 filled = wait
             else:
-                self._aside_filled = wait
+                self._scratch_filled = wait
         return numbers, filled
 
 
@@ -211,7 +212,7 @@ def open_source(placement: str, device: torch.device, group: AllGather | None) -
     """
     if placement == "sharded" and group is None:
         raise ValueError("a sharded base needs the processes that share it")
-    return _Host(device) if group is None or placement == "host" else _Shares(group, device)
+    return _Host(device) if group is None or placement == "host" else _Shards(group, device)
 
 
 class PlacedWeights:
@@ -219,12 +220,12 @@ class PlacedWeights:
 
     def __init__(self, source: LayerSource, device: torch.device, sizes: Sequence[int]) -> None:
         self.source, self._count = source, len(sizes)
-        source.ready(size := max(sizes))
+        source.allocate(size := max(sizes))
         self.slots = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(min(2, self._count))]
         self._holds: list[int | None] = [None] * len(self.slots)
         self._filling: list[Wait] = [_nothing] * len(self.slots)
         self._current: int | None = None
-        self.turns_back = False
+        self.backward_follows = False
         """Whether a backward pass follows the present forward pass, although that records no gradient."""
 
     def slot(self, number: int) -> int:
@@ -263,7 +264,7 @@ class PlacedWeights:
         if number + 1 < self._count:
             return number + 1
         # Where a backward pass follows, it begins with this one.
-        return None if self.turns_back or torch.is_grad_enabled() else 0
+        return None if self.backward_follows or torch.is_grad_enabled() else 0
 
     def release(self) -> None:
         """Frees the memory of all layers."""
@@ -285,7 +286,7 @@ def taking_part(model: Any) -> Iterator[None]:
     """
     placed = getattr(model, PLACED, None)
     shares = None if placed is None else placed.source
-    if not isinstance(shares, _Shares):
+    if not isinstance(shares, _Shards):
         yield
         return
     shares.opened += 1
@@ -319,7 +320,7 @@ def computing_together(model: Any, group: AllGather) -> Iterator[Callable[[], No
         JobError: Another process has ended.
     """
     placed = getattr(model, PLACED, None)
-    shares = placed.source if placed is not None and isinstance(placed.source, _Shares) else None
+    shares = placed.source if placed is not None and isinstance(placed.source, _Shards) else None
     other_missing = False
 
     def barrier() -> None:
@@ -351,11 +352,11 @@ def before_backward(model: Any) -> Iterator[None]:
     if placed is None:
         yield
         return
-    placed.turns_back = True
+    placed.backward_follows = True
     try:
         yield
     finally:
-        placed.turns_back = False
+        placed.backward_follows = False
 
 
 def release(model: Any) -> None:
@@ -368,7 +369,7 @@ def placement_of(model: Any) -> str:
     """Where the 4-bit weights of a model's layers are kept: `gpu` for its device, `sharded` or `host`."""
     if (placed := getattr(model, PLACED, None)) is None:
         return "gpu"
-    return "sharded" if isinstance(placed.source, _Shares) else "host"
+    return "sharded" if isinstance(placed.source, _Shards) else "host"
 
 
 def layer_of(weight: Any) -> Callable[[], None] | None:

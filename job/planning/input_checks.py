@@ -12,8 +12,8 @@ from job.audit.overlap import index_questions
 from job.audit.rows import set_up
 from job.common.export_formats import EXTRA, GGUF, needs_merge, not_installed, split_name
 from job.common.lora_readers import why_not_served
+from job.data.evaluation_prompts import find_prompts, read_prompts
 from job.data.examples import lengths_of
-from job.data.prompts import find_prompts, read_prompts
 from job.data.training_and_validation import validation_source_of
 from job.errors import DataError, JobError, Problem, named_by, raise_problems
 from job.evaluation.policy import CHOICES, read_policy
@@ -43,7 +43,7 @@ from job.results.baseline import read_baseline
 from job.results.signing import key_id, load_private_key, public_key
 from job.settings.load import Settings, plain_values
 from job.settings.schema import Sign
-from job.settings.training_stages import naming_its_settings, split_stages
+from job.settings.training_stages import settings_renamed_in_errors, split_stages
 from job.storage.hub import is_reachable, local_model
 from job.storage.location import join
 from job.storage.open import StorageOptions, fetch, is_remote, open_store, storage_options
@@ -285,7 +285,7 @@ def _check_steps(s: Settings, rows: int) -> Found[None]:
 
 def _preview_rows(s: Settings, **options: Any) -> Found[DataFacts]:
     """The rows of a stage of training; `options` goes to `preview_data`."""
-    with naming_its_settings(s.part_of):
+    with settings_renamed_in_errors(s.part_of):
         return preview_data(
             s.data.source,
             max_length=s.train.max_length,

@@ -16,9 +16,9 @@ from job.errors import DataError, Problem, SettingsError, naming
 from job.evaluation.principles import question, read_principles
 from job.model.adapter_options import PLAIN, AdapterOptions, described
 from job.model.architecture import Architecture, read_config
-from job.model.base import inspect
 from job.model.families import fused_family, why_not_recorded
 from job.model.files import weight_files
+from job.model.load_base import inspect
 from job.model.lora import count_parameters
 from job.model.target_modules import linear_weights, resolve_targets
 from job.model.text_classifier import Labels

@@ -14,7 +14,7 @@ from typing import Literal
 
 from job import log
 from job.preemption.metadata_services import BASE_URL, CLOUDS, FAILURES, Cloud
-from job.preemption.stop_flag import Stop
+from job.preemption.stop_flag import StopFlag
 
 _JOIN_SECONDS = 2.0
 
@@ -23,7 +23,7 @@ Provider = Literal["auto", "off", "ec2", "gcp", "azure"]
 
 @contextmanager
 def watch_notices(
-    stop: Stop, provider: Provider, *, bases: Mapping[str, str] | None = None, poll_seconds: float | None = None
+    stop: StopFlag, provider: Provider, *, bases: Mapping[str, str] | None = None, poll_seconds: float | None = None
 ) -> Iterator[None]:
     """Within it a thread polls for notices, and sets the stop flag when there is one.
 
@@ -50,7 +50,9 @@ def watch_notices(
         thread.join(_JOIN_SECONDS)  # a service may answer byte by byte; the thread is a daemon, and only reads
 
 
-def _watch(stop: Stop, provider: Provider, clouds: Sequence[Cloud], poll_seconds: float | None, stopped: Event) -> None:
+def _watch(
+    stop: StopFlag, provider: Provider, clouds: Sequence[Cloud], poll_seconds: float | None, stopped: Event
+) -> None:
     cloud = _find(clouds, stopped) if provider == "auto" else next(iter(clouds), None)
     if cloud is None:
         log.get_logger().debug("no metadata service answers, so there are no spot notices")

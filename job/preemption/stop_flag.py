@@ -53,7 +53,7 @@ _NO_MORE_SIGNALS = b"\0"
 """Written to the pipe of signal numbers when it is not read any more; no signal has this number."""
 
 
-class Stop:
+class StopFlag:
     """Whether the job has to end, for which reason, and until when.
 
     Any thread and any signal handler may call `request`. There is no lock: a signal handler that interrupts the thread
@@ -167,7 +167,7 @@ def _warn(message: str) -> int:
 
 
 @contextmanager
-def stop_on_signals(grace_seconds: float | None = None, report: Callable[[str], int] = _warn) -> Iterator[Stop]:
+def stop_on_signals(grace_seconds: float | None = None, report: Callable[[str], int] = _warn) -> Iterator[StopFlag]:
     """Within it each of `SIGNALS` sets the flag; a second request, by a later signal, ends the process at once.
 
     `LAST_SECONDS` before the kill the process ends itself, with the exit code of a preemption, even while it waits: a
@@ -183,7 +183,7 @@ def stop_on_signals(grace_seconds: float | None = None, report: Callable[[str], 
         report: Called with the reason when the process ends itself before the kill; returns the exit code. It runs in
             a separate thread and gets most of `LAST_SECONDS`: what it writes to may be what the process waits for.
     """
-    stop = Stop()
+    stop = StopFlag()
     times: list[float] = []
 
     def handle(number: int, _frame: FrameType | None) -> None:

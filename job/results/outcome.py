@@ -40,7 +40,7 @@ class MetricComparison:
 
 @dataclass(frozen=True)
 class OutcomeValues:
-    """What a finished run has. `qlora-job status --format json` has these fields; null: not known, or there is none.
+    """The part of the outcome that `qlora-job status --format json` prints; null: not known, or there is none.
 
     Attributes:
         comparisons: The groups, then the tasks, in the order of the manifest.
@@ -79,7 +79,7 @@ class ValidationOutcome:
 
 @dataclass(frozen=True)
 class FirstStageOutcome:
-    """The training of the first of two stages; `seconds` and `usd` of its whole run, which those of this run lack."""
+    """The training of the first of two stages; `seconds` and `usd` of its whole run are not in this run's."""
 
     method: str
     steps: int
@@ -126,7 +126,7 @@ class GroupOutcome:
 
 
 @dataclass(frozen=True)
-class SubsetOutcome:
+class WithoutOverlapOutcome:
     """The comparison on the questions of a task that are not in the training rows."""
 
     questions: int
@@ -150,11 +150,11 @@ class TaskOutcome:
     improved: int
     regressed: int
     overlap: int
-    without_overlap: SubsetOutcome | None
+    without_overlap: WithoutOverlapOutcome | None
 
 
 @dataclass(frozen=True)
-class MeasuredOutcome:
+class MetricTaskOutcome:
     """The comparison of a task without choices by one metric; `aggregation` is the metric's name in lm-eval."""
 
     comparison: MetricComparison
@@ -199,7 +199,7 @@ class ExportOutcome:
     Attributes:
         format: Its name.
         folder: Path or URI of its folder; None if it is not published.
-        candidate: The weights onto which the adapter was merged that were selected; `base` without a merge.
+        candidate: The selected candidate: the weights onto which the adapter was merged; `base` without a merge.
         reason: Why they were selected.
         published: False if it was made only as the source of other formats.
         scores: By the weights onto which the adapter was merged; empty if it was not made or not scored.
@@ -253,7 +253,7 @@ class RunOutcome:
     groups: tuple[GroupOutcome, ...]
     grouped_tasks: frozenset[str]
     tasks: tuple[TaskOutcome, ...]
-    measured: tuple[MeasuredOutcome, ...]
+    measured: tuple[MetricTaskOutcome, ...]
     originals: tuple[OriginalOutcome, ...]
     original_not_scored: str | None
     exports: tuple[ExportOutcome, ...]
@@ -410,14 +410,14 @@ def _read_task(name: str, task: Mapping[str, Any], overlap: Sequence[int]) -> Ta
         improved=task["improved"],
         regressed=task["regressed"],
         overlap=len(overlap),
-        without_overlap=SubsetOutcome(subset["n"], subset["delta"], subset["verdict"]) if subset else None,
+        without_overlap=WithoutOverlapOutcome(subset["n"], subset["delta"], subset["verdict"]) if subset else None,
     )
 
 
-def _read_measured(tasks: Mapping[str, Any]) -> Iterator[MeasuredOutcome]:
+def _read_measured(tasks: Mapping[str, Any]) -> Iterator[MetricTaskOutcome]:
     for name, task in tasks.items():
         for metric, figures in task["metrics"].items():
-            yield MeasuredOutcome(
+            yield MetricTaskOutcome(
                 comparison=_comparison(name, metric, {**figures, "n": task["n"]}),
                 improved=figures["improved"],
                 regressed=figures["regressed"],

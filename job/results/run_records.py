@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from job.checkpoints import manager
+from job.checkpoints import checkpoint_store
 from job.checkpoints.commit_marker import parse_marker
 from job.common.formatting import count, timestamp
 from job.common.hashing import unsealed
@@ -257,7 +257,7 @@ def _read_training(store: ObjectStore, manifest: Mapping[str, Any] | None) -> Ma
 
 
 def _read_checkpoints(store: ObjectStore, problems: list[Problem]) -> tuple[int, ...]:
-    steps = manager.steps(store)
+    steps = checkpoint_store.steps(store)
     return tuple(step for step in steps if _parsed(store, marker_key(step), parse_marker, problems) is not None)
 
 

@@ -13,7 +13,7 @@ from job.results.outcome import (
     ExportOutcome,
     ExportScore,
     GroupOutcome,
-    MeasuredOutcome,
+    MetricTaskOutcome,
     OriginalOutcome,
     RunOutcome,
     TaskOutcome,
@@ -122,7 +122,7 @@ def _task_lines(task: TaskOutcome, label: str, against: str) -> list[str]:
     return lines
 
 
-def _measured_line(measured: MeasuredOutcome, against: str) -> str:
+def _measured_line(measured: MetricTaskOutcome, against: str) -> str:
     """A metric of a task without choices: both figures, which way is better, the difference, and the verdict."""
     comparison = measured.comparison
     better = "higher" if measured.higher_is_better else "lower"

@@ -25,7 +25,7 @@ from job.common.resources import main_memory
 from job.common.validation import adapter_of
 from job.distributed.processes import ALONE, Processes
 from job.errors import DataError, JobError
-from job.preemption.stop_flag import Stop
+from job.preemption.stop_flag import StopFlag
 from job.records import (
     Artifact,
     AttemptRecord,
@@ -64,7 +64,7 @@ _STOP_CHECK_SECONDS = 0.2
 
 @dataclass
 class Attempt:
-    """What every stage needs.
+    """One start of a run: its store, stop flag and counters, and its record in the run log.
 
     `store` is fenced: it refuses to change once another attempt has taken the run over, and in any process but the
     first. `number` is the lease's epoch. `settings` are those that decide the result and that the run knows.
@@ -75,7 +75,7 @@ class Attempt:
     store: ObjectStore
     work: Path
     number: int
-    stop: Stop
+    stop: StopFlag
     report_progress: Callable[[], None]
     faults: Faults
     earlier: list[AttemptRecord]
@@ -109,10 +109,11 @@ class Attempt:
     """Why the attempt before this one was likely killed, if it recorded no end."""
     loading: bool = False
     """Whether the model is being loaded."""
-    takes_over: bool = False
+    begins_export: bool = False
     """Whether this run exports a finished one, and no attempt before this one has checked its settings."""
     settled: bool = False
-    """Whether the run's settings are kept: before that, an attempt with a mistake in them is one at this run, too."""
+    """Whether the run's settings are recorded. Until then the attempt's record has no fingerprint, and
+    an attempt that ends for a mistake in its settings counts as one at this run."""
     _stage: tuple[str, float] | None = None
     _failed_in: str | None = None
     """The stage that an exception ended, which ends the attempt too."""

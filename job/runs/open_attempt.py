@@ -13,7 +13,7 @@ from job import log
 from job.common.resources import main_memory
 from job.distributed.processes import ALONE, Processes
 from job.errors import JobError, NoProgress, Preempted, Replaced, Stalled
-from job.preemption.stop_flag import Stop
+from job.preemption.stop_flag import StopFlag
 from job.runs.attempt import Attempt
 from job.runs.fault_injection import Faults
 from job.runs.killed_for_memory import FIX, why_killed
@@ -50,7 +50,7 @@ def open_attempt(
     *,
     defaults: Mapping[str, Any] | None = None,
     cache: str | None,
-    stop: Stop,
+    stop: StopFlag,
     report_progress: Callable[[], None],
     faults: Faults,
     processes: Processes = ALONE,
@@ -113,7 +113,7 @@ def open_attempt(
                 _read_attempts_before(attempt, store, idle)
             if take_over is not None:
                 _take_over(attempt, store, take_over)
-            attempt.takes_over = processes.share("whether a run is taken over", lambda: take_over is not None)
+            attempt.begins_export = processes.share("whether a run is taken over", lambda: take_over is not None)
             attempt.note("running")
             yield attempt
         except Replaced:
@@ -153,7 +153,7 @@ def _read_attempts_before(attempt: Attempt, store: ObjectStore, idle: IdleLimit 
         idle.record_stall = lambda message: _note_failure(attempt, Stalled(message), idle)
 
 
-def _check_stop(processes: Processes, stop: Stop, report_progress: Callable[[], None]) -> None:
+def _check_stop(processes: Processes, stop: StopFlag, report_progress: Callable[[], None]) -> None:
     report_progress()
     processes.check()
     stop.check()

@@ -19,7 +19,7 @@ from job.common.source_list import is_single, parse_sources
 from job.distributed.ranks import find_faults, find_place
 from job.errors import Problem, environment_name
 from job.platforms.detect import Platform
-from job.platforms.sagemaker import copied_folder
+from job.platforms.sagemaker_copied_folder import copied_folder
 from job.settings.field_types import is_server
 from job.settings.markers import RevisionOf, find_markers
 from job.settings.schema import Lora, Settings

@@ -33,7 +33,7 @@ from job.common.config_files import ALIAS, GIVEN_TWICE, NotAllowedError, read_ma
 from job.distributed.ranks import find_machines
 from job.errors import Problem, environment_name
 from job.platforms.detect import Platform
-from job.platforms.sagemaker import copied_folder
+from job.platforms.sagemaker_copied_folder import copied_folder
 from job.settings.field_types import new_run_id, split_items
 from job.settings.layers import GivenValue, Layer
 from job.settings.markers import BelongsTo, SageMakerChannel, find_markers, setting_names

@@ -68,7 +68,7 @@ def split_stages(settings: Settings) -> tuple[Settings, ...]:
 
 
 @contextmanager
-def naming_its_settings(part_of: str | None, names: Mapping[str, str] = _FIRST_STAGE_NAMES) -> Iterator[None]:
+def settings_renamed_in_errors(part_of: str | None, names: Mapping[str, str] = _FIRST_STAGE_NAMES) -> Iterator[None]:
     """Context manager in which errors of a first stage name the settings of that stage, such as `JOB_DATA__SFT_SOURCE`.
 
     Args:
@@ -92,8 +92,8 @@ def naming_its_settings(part_of: str | None, names: Mapping[str, str] = _FIRST_S
         raise type(error)(problems, error.total, renamed(error.advice)) from None
 
 
-def naming_given_settings(settings: Settings) -> AbstractContextManager[None]:
-    """`naming_its_settings` for errors about the values of settings, such as that one has changed.
+def given_settings_renamed_in_errors(settings: Settings) -> AbstractContextManager[None]:
+    """`settings_renamed_in_errors` for errors about the values of settings, such as that one has changed.
 
     A setting that the first stage takes from the second (`INHERITED`), since its own is not set, keeps its name.
     """
@@ -101,7 +101,7 @@ def naming_given_settings(settings: Settings) -> AbstractContextManager[None]:
         environment_name(name) for name, source in settings.sources.items() if source.startswith(_FIRST)
     }
     names = {name: first_name for name, first_name in _FIRST_STAGE_NAMES.items() if name in set_for_first_stage}
-    return naming_its_settings(settings.part_of, names)
+    return settings_renamed_in_errors(settings.part_of, names)
 
 
 def folder_of(settings: Settings) -> str:

@@ -20,10 +20,10 @@ from job.common.out_of_memory import out_of_memory
 from job.common.resources import available_bytes
 from job.evaluation.score_cache import ScoreCache, score_conditions
 from job.evaluation.scorer import Scores, score_sequences
-from job.model.base import PLAIN, load_base
 from job.model.device import short_name
 from job.model.files import MAX_CONFIG_BYTES, quantization_method, read_json
 from job.model.free_model import free_model
+from job.model.load_base import PLAIN, load_base
 from job.model.packed_attention import NAME, use
 from job.model.whole_modules import grow_embeddings
 from job.records import Evaluated, Exported, FullPrecision, Question, ScoringPrecision

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from job.common.export_formats import EXTRA, not_installed
 from job.common.source_list import parse_sources
-from job.data.prompts import find_prompts
+from job.data.evaluation_prompts import find_prompts
 from job.data.sources import check_source
 from job.data.training_and_validation import ValidationSource
 from job.errors import Problem, SettingsError, check_all, named_by, raise_problems
@@ -25,7 +25,7 @@ from job.results.signing import load_private_key
 from job.settings.combinations import sharded_alone
 from job.settings.load import Settings
 from job.settings.schema import Sign
-from job.settings.training_stages import naming_its_settings
+from job.settings.training_stages import settings_renamed_in_errors
 from job.stages import principles, safety
 from job.stages.pull_rows import validation_of
 from job.storage.hub import local_model
@@ -78,7 +78,7 @@ def check_inputs(
 def _data_sources(settings: Settings, later: Sequence[Settings]) -> Iterator[tuple[str, Callable[[], object]]]:
     """(location, check) of the rows to train and to validate on."""
     for stage in (settings, *later):
-        data, check = stage.data, naming_its_settings(stage.part_of)(check_source)
+        data, check = stage.data, settings_renamed_in_errors(stage.part_of)(check_source)
         for source in parse_sources(data.source):
             yield source.location, partial(check, source.location, source.revision or data.revision, data.split)
         validation = validation_of(data)

@@ -13,9 +13,9 @@ from job.data.examples import lengths_of
 from job.distributed.processes import ALONE, Processes
 from job.errors import Problem, SettingsError
 from job.model.adapter_options import AdapterOptions, make_options
-from job.model.base import PLAIN, load_base
 from job.model.device import choose_device, choose_dtype, make_deterministic
 from job.model.experts import quantized_experts
+from job.model.load_base import PLAIN, load_base
 from job.model.lora import add_adapter
 from job.model.model_record import describe_model
 from job.model.packed_attention import NAME, use

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from job import log
-from job.checkpoints import manager
+from job.checkpoints import checkpoint_store
 from job.common.formatting import timestamp
 from job.common.hashing import sealed
 from job.errors import JobError
@@ -72,7 +72,7 @@ def publish(
     # an earlier attempt published it and was then killed
     if (published := read_complete(attempt.store, str(attempt.work))) is not None:
         return published
-    manager.delete_all_but_intact(
+    checkpoint_store.delete_all_but_intact(
         attempt.store,
         attempt.work / "checkpoints",
         epoch=attempt.number,

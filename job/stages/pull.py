@@ -405,7 +405,7 @@ def _checked_tasks(
 
 def _is_unchecked(attempt: Attempt) -> bool:
     """Whether no attempt before this one has checked the settings with the model."""
-    return attempt.takes_over or attempt.recorded(Stage.PULL, Pulled) is None
+    return attempt.begins_export or attempt.recorded(Stage.PULL, Pulled) is None
 
 
 def _load_tasks(

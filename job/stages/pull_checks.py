@@ -14,10 +14,10 @@ from job.data.examples import lengths_of
 from job.data.token_cache import Tokens
 from job.errors import Problem, check_all, raise_problems
 from job.model.adapter_options import MANY_STEPS, make_options, too_few_steps
-from job.model.base import inspect
 from job.model.device import choose_device
 from job.model.files import build_empty, read_config
 from job.model.informed_init import too_few_targets
+from job.model.load_base import inspect
 from job.model.start_adapter import check_start_fits
 from job.records import Example, Pulled
 from job.runs.attempt import Attempt

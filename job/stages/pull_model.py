@@ -28,7 +28,7 @@ from job.storage.location import is_remote
 from job.storage.open import ObjectStore, StorageOptions, fetch, open_store
 
 CODE = (
-    "job.model.base",
+    "job.model.load_base",
     "job.model.experts",
     "job.model.files",
     "job.model.placed_loading",

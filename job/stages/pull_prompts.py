@@ -8,7 +8,7 @@ from typing import Any
 
 from job import log
 from job.common.methods import SFT
-from job.data.prompts import find_prompts, prompts_sha256, read_prompts, validation_prompts
+from job.data.evaluation_prompts import find_prompts, prompts_sha256, read_prompts, validation_prompts
 from job.data.token_cache import Tokens
 from job.errors import DataError, Problem
 from job.records import PromptRow, PromptsRecord

@@ -16,7 +16,7 @@ from job.records import Pulled
 from job.runs.attempt import Attempt
 from job.runs.layout import Stage
 from job.settings.schema import Data, Train
-from job.settings.training_stages import naming_its_settings
+from job.settings.training_stages import settings_renamed_in_errors
 from job.stages.fetch_input import fetch_input
 from job.storage.location import is_remote
 from job.storage.open import StorageOptions
@@ -34,7 +34,7 @@ class RowSettings:
         train: Settings of training: the longest row, and which tokens the loss counts.
         seed: Seed of the order of the rows.
         cache: `JOB_STORAGE__CACHE`, a folder where tokens are kept for later starts; None to keep none.
-        part_of: The run whose first training stage this is; None for other runs. See `naming_its_settings`.
+        part_of: The run whose first training stage this is; None for other runs. See `settings_renamed_in_errors`.
     """
 
     data: Data
@@ -62,7 +62,7 @@ def check_hub(rows: RowSettings) -> None:
         DataError, SettingsError: One is not there.
         Unreachable, AccessDenied: The hub cannot be used.
     """
-    with naming_its_settings(rows.part_of):
+    with settings_renamed_in_errors(rows.part_of):
         for source in parse_sources(rows.data.source):
             check_hub_dataset(source.location, source.revision or rows.data.revision)
     validation = validation_of(rows.data)
@@ -84,7 +84,7 @@ def fetch_rows(attempt: Attempt, rows: RowSettings, storage: StorageOptions, bel
     Raises:
         DataError, SettingsError, Unreachable, AccessDenied, Preempted: As `fetch_input`.
     """
-    with naming_its_settings(rows.part_of):
+    with settings_renamed_in_errors(rows.part_of):
         source = locate_sources(
             rows.data.source, lambda location, kind: fetch_input(attempt, location, f"{below}{kind}", storage)
         )
@@ -127,7 +127,7 @@ def read_rows(
         DataError, SettingsError, Unreachable, AccessDenied, Preempted: As `load_tokens`.
     """
     data, train, cache = rows.data, rows.train, rows.cache
-    with naming_its_settings(rows.part_of):
+    with settings_renamed_in_errors(rows.part_of):
         return load_tokens(
             source,
             validation,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from job import log
-from job.checkpoints import manager
+from job.checkpoints import checkpoint_store
 from job.checkpoints.async_uploader import AsyncUploader
 from job.checkpoints.trainer_state import validate_trainer_state, write_metrics
 from job.common import host
@@ -122,8 +122,8 @@ def _train(
     recipe: Recipe,
     examples: Examples,
     validation: Sequence[Example],
-    restored: manager.Restored,
-) -> config.Trained:
+    restored: checkpoint_store.Restored,
+) -> config.TrainingResult:
     """Trains from the restored checkpoint to the end, while checkpoints are uploaded.
 
     Raises:
@@ -132,9 +132,9 @@ def _train(
     with (
         log.progress("steps", recipe.total_steps, every=settings.train.log_every_steps) as show_progress,
         AsyncUploader(
-            manager.publisher(
+            checkpoint_store.publisher(
                 attempt.store,
-                manager.Writer(
+                checkpoint_store.MarkerFields(
                     attempt.number, attempt.processes.place.world_size, software_of(loaded.plan), attempt.run
                 ),
                 keep=settings.checkpoint.keep,
@@ -184,7 +184,13 @@ def _note_warmup(recipe: Recipe) -> None:
 
 
 def _publish_adapter(
-    attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, *, folder: Path, trained: config.Trained
+    attempt: Attempt,
+    settings: Settings,
+    sources: Sources,
+    loaded: Loaded,
+    *,
+    folder: Path,
+    trained: config.TrainingResult,
 ) -> tuple[list[Artifact], AdapterRecord]:
     """Uploads the adapter, with the tokenizer that is in `folder` already, and the metrics of training."""
     name, revision = public_base(settings.model.id, sources.record.model_revision, settings.model.name)
@@ -205,13 +211,13 @@ def _publish_adapter(
     return artifacts, adapter
 
 
-def _stopped(attempt: Attempt, restored: manager.Restored, total_steps: int) -> Preempted:
+def _stopped(attempt: Attempt, restored: checkpoint_store.Restored, total_steps: int) -> Preempted:
     """The error of a stopped attempt; in process 0 it names the newest checkpoint that is not damaged."""
     why = f"stopped by {attempt.stop.reason}"
     if not attempt.processes.leads:
         return Preempted(why)
     damaged = {skipped.step for skipped in restored.skipped}
-    saved_step = max((step for step in manager.steps(attempt.store) if step not in damaged), default=0)
+    saved_step = max((step for step in checkpoint_store.steps(attempt.store) if step not in damaged), default=0)
     return Preempted(f"{why}; step {saved_step} of {total_steps} is saved")
 
 
@@ -220,18 +226,18 @@ def software_of(plan: ExecutionPlan) -> dict[str, str]:
     return host.software() | ({} if plan.attention is None else {"attention of long rows": plan.attention})
 
 
-def _restore(attempt: Attempt, software: dict[str, str]) -> manager.Restored:
+def _restore(attempt: Attempt, software: dict[str, str]) -> checkpoint_store.Restored:
     """Downloads and verifies the newest valid checkpoint, once on each machine; all must find the same one."""
     processes = attempt.processes
 
     def restore() -> str:
         size, folder = processes.place.world_size, attempt.work / "restored"
-        restored = manager.restore(
+        restored = checkpoint_store.restore(
             attempt.store, folder, software, validate_trainer_state, world_size=size, run=attempt.run
         )
-        return adapter_of(manager.Restored).dump_json(restored).decode()
+        return adapter_of(checkpoint_store.Restored).dump_json(restored).decode()
 
-    restored = adapter_of(manager.Restored).validate_json(processes.share_on_machine("checkpoint", restore))
+    restored = adapter_of(checkpoint_store.Restored).validate_json(processes.share_on_machine("checkpoint", restore))
     if len(set(steps := processes.gather("restored step", restored.step))) > 1:
         raise Unreachable(f"the machines see different valid checkpoints, of steps {steps}; start the run again")
     return restored
@@ -354,7 +360,7 @@ def _compared_with(sources: Sources) -> str:
 
 def _training_record(
     recipe: Recipe,
-    trained: config.Trained,
+    trained: config.TrainingResult,
     *,
     substitutions: list[str],
     rows: int,
@@ -379,7 +385,7 @@ def _training_record(
     )
 
 
-def _validation_record(recipe: Recipe, trained: config.Trained) -> ValidationRecord | None:
+def _validation_record(recipe: Recipe, trained: config.TrainingResult) -> ValidationRecord | None:
     if recipe.validate_every_steps is None:
         return None
     return validation_record(

@@ -62,7 +62,7 @@ MAX_READ_BYTES = 16 * MIB
 ONE_CONNECTION_BYTES = 32 * MIB
 CONNECTIONS = 8
 # Clients repeat requests automatically, so attempts to read a body multiply with theirs.
-MAX_BODY_ATTEMPTS = 5
+MAX_BODY_TRIES = 5
 MAX_CONNECT_SECONDS = 20.0
 # Pauses (seconds) before what a client does not repeat is tried again.
 PAUSES = (0.1, 0.3, 1.0, 3.0)

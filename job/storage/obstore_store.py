@@ -1,11 +1,11 @@
 """What the stores of Google and Azure have in common: an `ObjectStore` by obstore, a client for both.
 
 obstore sends the requests, and gets and renews credentials. This file adds what the contract in `base.py` requires
-beyond that: pauses that outlast an outage (obstore's own have no least sum), confirmed absence, size limits, checksums,
-and durable downloads. Every object carries its SHA-256 as metadata, and what is read is compared with it, since obstore
-looks at no checksum of the stores. What does not fit is read again; bytes that arrive twice are what the store holds,
-and are returned, so that the caller's own hashes find the damage. Objects of other programs have no such metadata, and
-only their length is checked.
+beyond that: pauses that outlast an outage (obstore's own may be short in sum), confirmed absence, size limits,
+checksums, and durable downloads. Every object carries its SHA-256 as metadata, and what is read is compared with it,
+since obstore looks at no checksum of the stores. What does not fit is read again; bytes that arrive twice are what the
+store holds, and are returned, so that the caller's own hashes find the damage. Objects of other programs have no such
+metadata, and only their length is checked.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from job.errors import Problem, SettingsError, Unreachable
 from job.storage import base
 from job.storage.base import (
     CONNECTIONS,
-    MAX_BODY_ATTEMPTS,
+    MAX_BODY_TRIES,
     MAX_CONNECT_SECONDS,
     MAX_READ_BYTES,
     MIB,
@@ -62,7 +62,7 @@ _PART_BYTES, _MAX_PARTS = 8 * MIB, 9_000
 # A condition holds for a single request, and obstore has the whole body of one in memory.
 _MAX_CONDITIONAL_BYTES = 256 * MIB
 # Only a second answer tells a damaged object from a damaged answer.
-_SURE_ATTEMPTS = 2
+_CONFIRMING_TRIES = 2
 # How often obstore repeats a part of a large upload or a page of Azure's listing, before all of it is repeated.
 _INNER_REPEATS = 3
 # How often a file may change while it is uploaded.
@@ -70,7 +70,7 @@ _MAX_CHANGES = 4
 
 
 class ObstoreStore:
-    """A derived class says how a client is made, what a version is, and how one version is deleted."""
+    """An `ObjectStore` through obstore. Derived classes make the client, and know what a version is and delete one."""
 
     scheme: str
     # Whether the server's listings are sorted by key.
@@ -80,7 +80,7 @@ class ObstoreStore:
         self._options = options
         self._bucket = location.bucket
         self._root = f"{location.key}/" if location.key else ""
-        self._body_attempts = max(_SURE_ATTEMPTS, min(options.retries, MAX_BODY_ATTEMPTS))
+        self._body_tries = max(_CONFIRMING_TRIES, min(options.retries, MAX_BODY_TRIES))
         self.uri = str(location)
         self._client = self._connect()
 
@@ -164,7 +164,7 @@ class ObstoreStore:
         earlier_digests: set[str] = set()
         with self._store_errors("read", key):
             for attempt in self._attempts():
-                with self._pause_if_damaged(attempt):
+                with self._retrying_damaged(attempt):
                     return self._read(key, max_bytes, earlier_digests)
         raise Unreachable(f"{self.uri}/{key}: cannot read: the content is cut off, or different at each try")
 
@@ -181,24 +181,24 @@ class ObstoreStore:
         data, tag = read_body(answer), self._tag(answer.meta)
         if tag is None or len(data) != answer.meta["size"]:
             raise OtherContent
-        _check(hashlib.sha256(data).hexdigest(), {answer.attributes.get(_SHA256)}, earlier_digests)
+        _check_digest(hashlib.sha256(data).hexdigest(), {answer.attributes.get(_SHA256)}, earlier_digests)
         return Stored(data, tag)
 
     def _attempts(self) -> Iterator[int]:
-        """Numbers of attempts to read a body; `_ask` repeats within each, so after two of them time counts as well."""
+        """Numbers of the tries to read a body; `_ask` repeats requests within each, so after two tries time counts."""
         end = time.monotonic() + self._options.timeout_seconds * self._options.retries
-        for attempt in range(1, self._body_attempts + 1):
-            if attempt > _SURE_ATTEMPTS and time.monotonic() > end:
+        for attempt in range(1, self._body_tries + 1):
+            if attempt > _CONFIRMING_TRIES and time.monotonic() > end:
                 return
             yield attempt
 
     @contextmanager
-    def _pause_if_damaged(self, attempt: int) -> Iterator[None]:
-        """Pauses in place of `OtherContent`. Errors of `_ask` pass: it has repeated what may be repeated."""
+    def _retrying_damaged(self, attempt: int) -> Iterator[None]:
+        """Pauses instead of raising `OtherContent`. Errors of `_ask` pass: it has repeated what may be repeated."""
         try:
             yield
         except OtherContent:
-            if attempt < self._body_attempts:
+            if attempt < self._body_tries:
                 time.sleep(base.PAUSES[0] * 2**attempt)
 
     def tag(self, key: str) -> str | None:
@@ -224,7 +224,7 @@ class ObstoreStore:
 
         return self._put(key, data, {**attributes, _SHA256: digest}, self._mode(if_absent, if_tag), own_tag=own)
 
-    def _mode(self, if_absent: bool, if_tag: str | None) -> Any:  # noqa: FBT001 - as the verbs have them
+    def _mode(self, if_absent: bool, if_tag: str | None) -> Any:  # noqa: FBT001 - as the operations have them
         """The condition of a write, as obstore has it."""
         return "create" if if_absent else "overwrite" if if_tag is None else self._version_condition(if_tag)
 
@@ -305,7 +305,7 @@ class ObstoreStore:
                 after = path.stat()
                 if (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns):
                     return
-                if_absent, if_tag = False, self.tag(key)
+                if_absent, if_tag = False, self.tag(key)  # what this call has written meanwhile is replaced
         raise Unreachable(f"{path} changes at each try while it is uploaded to {self.uri}/{key}")
 
     def _upload(self, path: Path, key: str, attributes: dict[str, str], mode: Any) -> None:
@@ -394,7 +394,7 @@ class ObstoreStore:
                     fetch_piece(start)
         if path.stat().st_size != size:
             raise OtherContent
-        _check(hash_file(path), digests, earlier_digests)
+        _check_digest(hash_file(path), digests, earlier_digests)
 
     def _fetch_piece(self, key: str, meta: Any, start: int) -> tuple[bytes, str | None]:
         """The bytes from `start` on, and the SHA-256 that the whole object has.
@@ -411,7 +411,7 @@ class ObstoreStore:
                 answer = None
             if answer is None or self._tag(answer.meta) != self._tag(meta):
                 raise OtherContent
-            with self._pause_if_damaged(attempt):
+            with self._retrying_damaged(attempt):
                 data = read_body(answer)
                 if len(data) == end - start:
                     return data, answer.attributes.get(_SHA256)
@@ -488,7 +488,10 @@ class ObstoreStore:
         raise missing
 
     def _describe(self, key: str) -> tuple[Any, str] | None:
-        """What obstore says of an object, and its tag, None if it is absent. HEAD does not say why it failed."""
+        """What obstore says of an object, and its tag, None if it is absent.
+
+        The answer to a failed HEAD has no error code, so the object is requested.
+        """
         for _ in attempts(repeats=2):
             try:
                 meta = self._ask(obstore.head, self._client, self._root + key)
@@ -514,7 +517,7 @@ class ObstoreStore:
             raise translate(error, f"{self.uri}/{key}: cannot {verb}") from error
 
 
-def _check(digest: str, expected: set[str | None], earlier_digests: set[str]) -> None:
+def _check_digest(digest: str, expected: set[str | None], earlier_digests: set[str]) -> None:
     """Raises `OtherContent` if content does not fit its metadata, unless it arrived like this before."""
     if not expected <= {None, digest} and digest not in earlier_digests:
         earlier_digests.add(digest)

@@ -24,7 +24,7 @@ from job.errors import Unreachable
 from job.storage import base
 from job.storage.base import (
     CONNECTIONS,
-    MAX_BODY_ATTEMPTS,
+    MAX_BODY_TRIES,
     MAX_READ_BYTES,
     MIB,
     ONE_CONNECTION_BYTES,
@@ -68,7 +68,7 @@ class S3Store:
         self._client = client
         self._bucket = bucket
         self._root = f"{prefix}/" if prefix else ""
-        self._body_attempts = min(options.retries, MAX_BODY_ATTEMPTS)
+        self._body_tries = min(options.retries, MAX_BODY_TRIES)
         self._options = {"RequestPayer": "requester"} if options.request_payer else {}
         key = options.kms_key_id
         self._write_options = self._options | ({"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": key} if key else {})
@@ -314,11 +314,11 @@ class S3Store:
                         data += chunk
                 if "ETag" in answer and _says_its_length(answer):
                     return bytes(data), answer["ETag"]
-                if attempt == self._body_attempts:
+                if attempt == self._body_tries:
                     what = "the answer is not one of an S3 server: it has no ETag or no Content-Length"
                     raise Unreachable(f"{self.uri}/{key}: {what}")
             except TRUNCATED:
-                if attempt == self._body_attempts:
+                if attempt == self._body_tries:
                     raise
             time.sleep(base.PAUSES[0] * 2**attempt)
             attempt += 1
@@ -369,7 +369,7 @@ class S3Store:
         return TransferConfig(
             use_threads=threads,
             max_concurrency=CONNECTIONS,
-            num_download_attempts=self._body_attempts,
+            num_download_attempts=self._body_tries,
             io_chunksize=_CHUNK_BYTES,
             preferred_transfer_client="classic",
         )

@@ -86,7 +86,7 @@ class Hooks:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainingResult:
     """The metrics of every step, whether all steps were done, and the final token budget and execution plan.
 
     If memory ran out, budget and plan are smaller than the initial ones. A run that stopped early is complete.

@@ -13,7 +13,7 @@ One GPU. The host waits for it in 3 alone (and, in fp16, in the optimizer's step
 4. It launches clipping, the optimizer's step, and copies of the loss and the norm of step 5 to the host
    (`DeferredMetrics.defer`), which it reads in the next step.
 
-That is so where launching a step takes a few milliseconds (`OptimizerStep.launched_at_once`: CUDA graphs). Elsewhere,
+That is so where launching a step takes a few milliseconds (`StepGradient.launched_at_once`: CUDA graphs). Elsewhere,
 and before a validation, a checkpoint, or the end of training, a step's metrics are read when the step ends, before
 anything of the next one is launched.
 
@@ -31,9 +31,9 @@ optimizer's state (`OptimizerBehindSum`).
 A process is lost after the sum was launched. The sum never ends, so clipping and the optimizer's step, which were
 launched, never begin: parameters and moments are those of step 4. What the host itself counted for the optimizer's step
 is undone (`restore_counts`). Step 5 is abandoned, and step 4 is saved from another CUDA stream, because whatever is
-launched on this one waits for the sum (`leave_stream`). A process that ends with an error may have launched its part of
-the sum before. Then the sum may come after all, and the optimizer's step begins while step 4 is saved; so the trainer
-asks afterwards, and deletes a checkpoint that may be of both (`OptimizerBehindSum.may_have_begun`).
+launched on this one waits for the sum (`use_new_stream`). A process that ends with an error may have launched its part
+of the sum before. Then the sum may come after all, and the optimizer's step begins while step 4 is saved; so the
+trainer asks afterwards, and deletes a checkpoint that may be of both (`OptimizerBehindSum.may_have_begun`).
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class LaunchedSum:
         try:
             self._wait()
         except JobError as error:
-            leave_stream(self._device)
+            use_new_stream(self._device)
             raise StepAbandoned from error
 
     def has_come(self) -> bool:
@@ -97,7 +97,7 @@ class LaunchedSum:
         return self._behind is not None and bool(self._behind.query())
 
 
-def leave_stream(device: torch.device) -> None:
+def use_new_stream(device: torch.device) -> None:
     """Launches everything from now on, such as the copies for a checkpoint, beside what was launched so far.
 
     That is the gradient of an abandoned step, or waits for a sum that never comes. The step before has ended: its
@@ -198,7 +198,7 @@ def _bnb() -> Any:
 
 
 @contextmanager
-def without_waiting(optimizer: OptimizerSpec) -> Iterator[None]:
+def without_bitsandbytes_sync(optimizer: OptimizerSpec) -> Iterator[None]:
     """Within it, bitsandbytes does not wait for the GPU after each parameter that it updates.
 
     Only a paged state needs that: the host may not touch it while the GPU does.

@@ -27,9 +27,9 @@ from job.model.placed_weights import computing_together
 from job.records import Example, ExecutionPlan
 from job.training.config import Hooks, Recipe, StepAbandoned
 from job.training.flat_parameters import FlatParameters
-from job.training.free_memory import drop_optimization
 from job.training.lm_head_loss import Logits, head_loss, logits_of
 from job.training.long_rows import LongRows, has_long_row
+from job.training.memory_fallback import drop_optimization
 from job.training.memory_model import LONG_ROW
 from job.training.packing import PaddedSequence, alone_inputs, packed_inputs, padded_sequence
 from job.training.padded_gradient import PaddedGradient

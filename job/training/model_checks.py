@@ -1,7 +1,8 @@
 """Which settings of a run a model's configuration excludes, checked before weights and data are fetched.
 
-The stage `pull` and the command `plan` pass these problems to `model.base.inspect`, which adds those of the adapter and
-raises all of them together. What only the loaded model shows is checked later, in `model` and `training.prepare`.
+The stage `pull` and the command `plan` pass these problems to `model.load_base.inspect`, which adds those of the
+adapter and raises all of them together. What only the loaded model shows is checked later, in `model` and
+`training.prepare`.
 """
 
 from __future__ import annotations

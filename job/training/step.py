@@ -32,15 +32,15 @@ from job.model.packed_attention import is_packed
 from job.records import Example, ExecutionPlan
 from job.training.config import Hooks, Recipe, StepAbandoned, step_seed
 from job.training.flat_parameters import FlatParameters
-from job.training.free_memory import unless_memory_runs_out
-from job.training.launch_ahead import LaunchedSum, leave_stream
+from job.training.launch_ahead import LaunchedSum, use_new_stream
 from job.training.long_rows import has_long_row
+from job.training.memory_fallback import unless_memory_runs_out
 from job.training.memory_model import LONG_ROW
 from job.training.micro_batch import MicroBatchGradient, PackedGradient, padded_at_most
 from job.training.objectives import Totals, totals_of
 from job.training.padded_shapes import RunShapes, Shapes, recording_tokens_of
 from job.training.preference_gradient import PreferenceGradient
-from job.training.resume import resume_shapes
+from job.training.resumed_shapes import resume_shapes
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class _StepTotals:
     kl: torch.Tensor
 
 
-class OptimizerStep:
+class StepGradient:
     """Computes the gradient of one optimizer step per call.
 
     Args:
@@ -250,7 +250,7 @@ class OptimizerStep:
                 if self._processes.agree(repeat=full and not self.micro_batch.free_memory()):
                     self._divide_or_halve()
             except JobError as error:
-                leave_stream(self._device)
+                use_new_stream(self._device)
                 raise StepAbandoned from error
             free_caches()
 
@@ -266,7 +266,7 @@ class OptimizerStep:
         """
         self._meanwhile()
         if self._ahead and self._hooks.stop() and not self._hooks.fits(1.0):
-            leave_stream(self._device)
+            use_new_stream(self._device)
             raise StepAbandoned
 
     def _check_less_is_possible(self, error: RuntimeError) -> None:

@@ -47,16 +47,16 @@ from job.model.gradient_checkpointing import recompute_activations
 from job.model.lora import trainable
 from job.model.packed_attention import is_packed
 from job.records import Example, ExecutionPlan, StepMetrics, ValidationMetrics
-from job.training.config import Hooks, Recipe, StepAbandoned, Trained
+from job.training.config import Hooks, Recipe, StepAbandoned, TrainingResult
 from job.training.flat_parameters import FlatParameters
 from job.training.gpu_memory import memory_in_use
-from job.training.launch_ahead import DeferredMetrics, OptimizerBehindSum, without_waiting
+from job.training.launch_ahead import DeferredMetrics, OptimizerBehindSum, without_bitsandbytes_sync
 from job.training.lm_head_loss import alone_loss, can_sum, logits_loss, summed_head
 from job.training.muon import FlatMuon
 from job.training.neftune import add_noise
 from job.training.packing import alone_inputs, packed_inputs
 from job.training.preference_gradient import PreferenceGradient, head_of, token_log_probs
-from job.training.step import OptimizerStep
+from job.training.step import StepGradient
 from job.training.trainer_callbacks import AroundOptimizerStep, StopOnFlag, ValidateOnSchedule
 from job.training.trl_config import trl_config
 from job.training.validation import Validation
@@ -75,7 +75,7 @@ def train(
     resume: Path | None = None,
     processes: Processes = ALONE,
     validation: Sequence[Example] = (),
-) -> Trained:
+) -> TrainingResult:
     """Trains the adapter of `model` in place; called in all processes.
 
     At the end the model has the adapter that the recipe keeps: that of the last step, or of the best validation.
@@ -115,7 +115,7 @@ def train(
     # Trainer sets the gradients to None after every step, module by module; here they are views that must be kept.
     model.zero_grad = lambda: None
     try:
-        with without_waiting(OPTIMIZERS[recipe.optimizer]):
+        with without_bitsandbytes_sync(OPTIMIZERS[recipe.optimizer]):
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     except StepAbandoned as abandoned:
         trainer.deferred.report()
@@ -135,15 +135,17 @@ def train(
         trainer.validations.use_kept_adapter()
     validations = tuple(trainer.validations.metrics)
     plan = replace(trainer.step.plan, divided_above=trainer.step.divided_above)
-    return Trained(tuple(trainer.history), trainer.step.budget, complete=complete, plan=plan, validations=validations)
+    return TrainingResult(
+        tuple(trainer.history), trainer.step.budget, complete=complete, plan=plan, validations=validations
+    )
 
 
 @contextmanager
 def _environment_untouched() -> Iterator[None]:
-    """Context manager: keeps accelerate from emptying the environment for a moment, to find the defaults of a class.
+    """Context manager in which accelerate does not empty `os.environ` to read the defaults of a class, as it else does.
 
     The job's other threads read variables meanwhile, from C as well, to upload files and renew the lease: they would
-    miss them, or crash, since C's getenv must not run beside setenv (glibc before 2.41). The only defaults that Trainer
+    miss them, or crash, since C's getenv must not run beside setenv. The only defaults that Trainer
     asks for, those of GradientAccumulationPlugin, depend on no variable.
     """
     clear_environment = accelerate_environment.clear_environment
@@ -194,7 +196,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         # The gradient of a step, and what is launched behind it.
         preference, scaler = self.preference_gradient(), self.accelerator.scaler
         self.deferred = DeferredMetrics(self.log)
-        self.step = OptimizerStep(
+        self.step = StepGradient(
             model,
             self.steps,
             self.parameters,
@@ -245,9 +247,9 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
     # Which examples: those of the batch plan, from the next step on.
 
     def get_train_dataloader(self) -> Any:
-        return _Numbers(self.steps.total, self.steps_to_skip)
+        return _RemainingSteps(self.steps.total, self.steps_done)
 
-    def steps_to_skip(self) -> int:
+    def steps_done(self) -> int:
         """Number of the steps that are done; of all, where training has stopped early."""
         return self.steps.total if self.validations.stopped_early else self.state.global_step
 
@@ -445,7 +447,9 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
                 self.validations.write(path, self.state.global_step)
             self.hooks.on_write(time.monotonic() - began)
             if self.behind_sum.may_have_begun():
-                message = "not saved: the sum that another process was thought to have left undone has come meanwhile"
+                message = (
+                    "checkpoint not saved: another process ended, but its gradient arrived while the files were written"
+                )
                 get_logger().warning(message, step=self.state.global_step)
                 shutil.rmtree(path)
                 return
@@ -497,8 +501,8 @@ def flat_adapter(model: Any, block: int) -> FlatParameters:
     return parameters
 
 
-class _Numbers:
-    """The remaining step numbers, over which Trainer iterates instead of batches."""
+class _RemainingSteps:
+    """The remaining step numbers, over which Trainer iterates instead of batches; the length is that of all steps."""
 
     def __init__(self, total: int, done: Callable[[], int]) -> None:
         self.total, self.done = total, done

@@ -28,10 +28,10 @@ from job.errors import JobError
 from job.log import get_logger
 from job.records import Example
 from job.training.config import Hooks, StepAbandoned
-from job.training.free_memory import unless_memory_runs_out
+from job.training.memory_fallback import unless_memory_runs_out
 from job.training.objectives import totals_of
 from job.training.preference_gradient import PreferenceGradient
-from job.training.step import OptimizerStep
+from job.training.step import StepGradient
 
 SummedLoss = Callable[[Sequence[Example]], torch.Tensor]
 """The summed negative log-likelihood of the examples' target tokens, () float32."""
@@ -57,7 +57,7 @@ class Validation:
         examples: Sequence[Example],
         *,
         block: int,
-        step: OptimizerStep,
+        step: StepGradient,
         summed_loss: SummedLoss,
         hooks: Hooks,
         processes: Processes,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from job.common.formatting import count
-from job.data.prompts import prompts_sha256
+from job.data.evaluation_prompts import prompts_sha256
 from job.evaluation.prompt_answers import count_unsafe, parse_answers
 from job.records import PromptAnswer
 from job.runs.layout import PROMPTS, RESULTS, prompts_key

@@ -157,8 +157,8 @@ def load_ours(folder: Path, quantization: str, dtype: str) -> Any:
     import torch
 
     from job.common.malloc import keep_freed_memory
-    from job.model.base import load_base
     from job.model.device import choose_dtype
+    from job.model.load_base import load_base
     from job.model.lora import add_adapter
     from job.settings.schema import Lora, Train
 

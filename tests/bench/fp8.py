@@ -316,7 +316,7 @@ def unrounded(parts: Sequence[torch.Tensor]) -> Rows:
 
 def gradient_on_cpu(base: Path, examples: Any, ways: Sequence[Quantize] | None) -> torch.Tensor:
     """The gradient of a filled adapter, end to end; `ways` round activations with weights, and gradients."""
-    from job.model.base import load_base
+    from job.model.load_base import load_base
     from job.model.lora import add_adapter, trainable
     from job.training.packing import packed_inputs
     from tests.helpers import fill_adapter

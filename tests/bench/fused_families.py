@@ -40,7 +40,7 @@ from job.training.config import Hooks, Recipe
 from job.training.flat_parameters import FlatParameters
 from job.training.lm_head_loss import add_head
 from job.training.prepare import prepare
-from job.training.step import OptimizerStep
+from job.training.step import StepGradient
 
 BEGAN = time.monotonic()
 ON_GPU = torch.cuda.is_available()
@@ -131,7 +131,7 @@ def step_of(model: Any, plan: ExecutionPlan, data: Any, *, batch: int, scaler: A
         optimizer="adamw_torch",
         save_every_steps=1000,
     )
-    step = OptimizerStep(
+    step = StepGradient(
         model,
         Steps(data, 1, batch, 2),
         parameters,

@@ -146,8 +146,8 @@ def load(folder: Path, dtype: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
     from job.common.malloc import keep_freed_memory
-    from job.model.base import load_base
     from job.model.device import choose_dtype
+    from job.model.load_base import load_base
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     computed = choose_dtype(dtype, device)

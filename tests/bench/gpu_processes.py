@@ -62,7 +62,7 @@ def measure(args: argparse.Namespace, began: float) -> None:
     from job.distributed.processes import ALONE
     from job.distributed.ranks import Place
     from job.distributed.rendezvous import join
-    from job.preemption.stop_flag import Stop
+    from job.preemption.stop_flag import StopFlag
 
     count = args.processes
     place = Place(args.rank, count, args.rank, count, "localhost", args.port)
@@ -71,7 +71,7 @@ def measure(args: argparse.Namespace, began: float) -> None:
     bench.say = lambda *_, **__: None  # type: ignore[method-assign] # only process 0 prints, and only the comparison
     variant = gpu.BEST
     with join(
-        place, "bench", stop=Stop(), report_progress=lambda: None, timeout_seconds=120, grace_seconds=10
+        place, "bench", stop=StopFlag(), report_progress=lambda: None, timeout_seconds=120, grace_seconds=10
     ) as processes:
         model = gpu.adapted(bench)
         gpu.prepare(model, variant)

@@ -64,7 +64,7 @@ from job.training.flat_parameters import FlatParameters
 from job.training.gpu_capability import fast_kernels
 from job.training.memory_model import TILE_TOKENS, long_row_bytes, long_row_host_bytes
 from job.training.setup_of_model import setup_of
-from job.training.step import OptimizerStep
+from job.training.step import StepGradient
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -380,7 +380,7 @@ def example(bench: Bench, tokens: int) -> Example:
 
 def step_of(
     bench: Bench, tokens: int, plan: ExecutionPlan, layers: int | None
-) -> tuple[OptimizerStep, FlatParameters, int]:
+) -> tuple[StepGradient, FlatParameters, int]:
     """One step on one row, with so many layers; all layers' weights stay in memory."""
     base, count = bench.model.get_base_model(), layers or len(bench.all_layers)
     count = min(count, len(bench.all_layers))
@@ -401,7 +401,7 @@ def step_of(
         save_every_steps=100,
     )
     parameters = FlatParameters(trainable(bench.model).values(), 256)
-    step = OptimizerStep(
+    step = StepGradient(
         bench.model,
         Steps([example(bench, tokens)], 0, 1, 4),
         parameters,

@@ -179,14 +179,14 @@ def work(args: argparse.Namespace, ways: list[Way]) -> None:
     from job.distributed.ranks import Place
     from job.distributed.rendezvous import join
     from job.model.device import make_deterministic
-    from job.preemption.stop_flag import Stop
+    from job.preemption.stop_flag import StopFlag
 
     if torch.cuda.is_available():
         torch.cuda.set_device(0)
         make_deterministic()
     place = Place(args.rank, args.world, args.rank, args.world, "127.0.0.1", args.port)
     with join(
-        place, "bench", stop=Stop(), report_progress=lambda: None, timeout_seconds=60, grace_seconds=5
+        place, "bench", stop=StopFlag(), report_progress=lambda: None, timeout_seconds=60, grace_seconds=5
     ) as processes:
         for way in ways:
             (load_one if way.loaded else train_one)(args, way, processes)
@@ -199,8 +199,8 @@ def load_one(args: argparse.Namespace, way: Way, processes: Any) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from job.model.base import load_base
     from job.model.fused.frozen_weights import dequantized
+    from job.model.load_base import load_base
     from job.model.placed_weights import release, taking_part
 
     on_gpu, folder = torch.cuda.is_available(), args.folder / "base"

@@ -109,7 +109,7 @@ def ask(tasks: Any, tokenizer: Any, limit: int | None) -> list[Question]:
 def adapted(base: Path, adapter: Path | None) -> Any:
     """The NF4 base in bf16 with an adapter, the published one or random numbers, fused as in a run on a GPU."""
     from job.model.adapter_files import load_adapter
-    from job.model.base import load_base
+    from job.model.load_base import load_base
     from job.model.lora import add_adapter
     from job.model.published_names import find_published_names
 

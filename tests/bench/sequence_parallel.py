@@ -103,7 +103,7 @@ class Both:
         from job.model.lora import trainable
         from job.training.config import Hooks, Recipe
         from job.training.flat_parameters import FlatParameters
-        from job.training.step import OptimizerStep
+        from job.training.step import StepGradient
 
         rows, model = self.rows, self.bench.model
         rows.clean()
@@ -113,7 +113,7 @@ class Both:
         group = self.group if together else ALONE
         place = group.place
         divided = {"sequence_parallel": place.world_size, "divided_above": 1} if together else {}
-        step = OptimizerStep(
+        step = StepGradient(
             model,
             Steps([rows.example(self.bench, tokens)], 0, 1, 4, place.rank, place.world_size),
             parameters := FlatParameters(trainable(model).values(), 256),
@@ -246,7 +246,7 @@ def measure(args: argparse.Namespace, began: float) -> None:
     from job.distributed.ranks import Place
     from job.distributed.rendezvous import join
     from job.model.device import make_deterministic
-    from job.preemption.stop_flag import Stop
+    from job.preemption.stop_flag import StopFlag
     from job.training import long_rows, memory_model, micro_batch, step
 
     if args.tiny:
@@ -256,7 +256,7 @@ def measure(args: argparse.Namespace, began: float) -> None:
         make_deterministic()
     place = Place(args.rank, args.processes, args.rank, args.processes, "localhost", args.port)
     joining: dict[str, Any] = {"timeout_seconds": 120, "grace_seconds": 10}
-    with join(place, "bench", stop=Stop(), report_progress=lambda: None, **joining) as group:
+    with join(place, "bench", stop=StopFlag(), report_progress=lambda: None, **joining) as group:
         both = Both(args, group, began)
         for section in SECTIONS:
             if group.share("late", lambda: time.monotonic() - began > LATEST):

@@ -170,7 +170,7 @@ def load(folder: Path, examples: list[Example]) -> tuple[Any, str, bool]:
     """The model as the job's load stage makes it; how it is computed, and whether packed."""
     import torch
 
-    from job.model.base import load_base
+    from job.model.load_base import load_base
     from job.model.lora import add_adapter
     from job.model.packing_check import choose_packing
     from job.training.lm_head_loss import losses_of

@@ -30,11 +30,11 @@ from job.data.batch_plan import Steps
 from job.distributed.processes import ALONE
 from job.evaluation.scoring import plan_sequences, score_sequence, tokens_of
 from job.model import placed_weights
-from job.model.base import load_base
 from job.model.device import make_deterministic
 from job.model.fused import fp8, kernels
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.long_attention import FLASH, KERNELS, TRITON
+from job.model.load_base import load_base
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import _block_by_block, _varlen_kernel
 from job.model.packed_layout import Segment, build_layout

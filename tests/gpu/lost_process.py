@@ -60,7 +60,7 @@ def train_part(chosen: argparse.Namespace) -> None:
     from job.distributed.ranks import Place
     from job.distributed.rendezvous import join
     from job.errors import JobError
-    from job.preemption.stop_flag import Stop
+    from job.preemption.stop_flag import StopFlag
     from job.training.config import Hooks
     from job.training.trainer import train
 
@@ -87,7 +87,7 @@ def train_part(chosen: argparse.Namespace) -> None:
     ended = "whole"
     try:
         with join(
-            place, "lost", stop=Stop(), report_progress=lambda: None, timeout_seconds=120, grace_seconds=10
+            place, "lost", stop=StopFlag(), report_progress=lambda: None, timeout_seconds=120, grace_seconds=10
         ) as processes:
             model = gpu.adapted(bench)
             gpu.prepare(model, gpu.BEST)

@@ -178,8 +178,8 @@ def test_a_signal_to_one_stops_all(forked: Forks, environment: dict[str, str], o
     os.kill(group.pids[1], signal.SIGTERM)
     assert group.wait() == [75, 75]
     last = last_step(group)
-    (error,) = [line for line in group.lines(0) if line["level"] == "error"]
-    assert f"step {last} of {STEPS} is saved" in error["why"]
+    (preempted,) = [line for line in group.lines(0) if line["event"] == "Preempted"]
+    assert f"step {last} of {STEPS} is saved" in preempted["why"]
     assert go(forked, environment, "stopped", 1) == [0]
     first, second = results(environment, "stopped")["run"]["attempts"]
     assert (first["outcome"], second["outcome"]) == ("preempted", "complete")

@@ -18,7 +18,7 @@ from job.errors import (
     check_all,
     combine,
     exit_codes,
-    gravest,
+    most_serious,
     named_by,
 )
 
@@ -58,9 +58,9 @@ def test_the_most_serious_code_wins_in_any_order() -> None:
     weight = {"no": 3, "counts against the limit": 2, "yes": 1, "yes, free": 0}
     table = exit_codes()
     for one, other in permutations(table, 2):
-        assert gravest([one, other]) == gravest([other, one])
-        assert weight[table[gravest([one, other])][1]] == max(weight[table[code][1]] for code in (one, other))
-    assert gravest(table) == 2
+        assert most_serious([one, other]) == most_serious([other, one])
+        assert weight[table[most_serious([one, other])][1]] == max(weight[table[code][1]] for code in (one, other))
+    assert most_serious(table) == 2
 
 
 def test_all_checks_are_made() -> None:

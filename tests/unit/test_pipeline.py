@@ -13,7 +13,7 @@ import pytest
 
 from job import pipeline
 from job.errors import SettingsError, TrainingFailed
-from job.preemption.stop_flag import Stop
+from job.preemption.stop_flag import StopFlag
 from job.records import Evaluated, Exported, ScoringPrecision
 from job.runs.layout import EXPORTED_RUN, stage_key
 from job.runs.run_log import IdleLimit
@@ -40,12 +40,12 @@ def test_the_others_wait_until_the_run_is_handed_over(tmp_path: Path, monkeypatc
     attempt = SimpleNamespace(timed=lambda _: nullcontext(), store=None, on_results=asked.append)
     for name in ("pull", "_load", "_evaluate_base", "_train", "_evaluate_adapter", "_export"):
         monkeypatch.setattr(pipeline, name, lambda *_, **__: stage)
-    monkeypatch.setattr(pipeline, "hand_over_if_complete", lambda *_: None)
+    monkeypatch.setattr(pipeline, "deliver_if_complete", lambda *_: None)
     monkeypatch.setattr(pipeline, "next_attempt", lambda *_, **__: nullcontext(attempt))
     monkeypatch.setattr(pipeline, "_publish", lambda *_, **__: {"gate": {"passed": None}})
-    monkeypatch.setattr(pipeline, "hand_over", lambda *_, **__: pytest.fail("not the first process"))
+    monkeypatch.setattr(pipeline, "deliver_and_push", lambda *_, **__: pytest.fail("not the first process"))
     settings = load_settings([], {"JOB_PRESET": "demo", "JOB_RUN__OUTPUT": str(tmp_path)})
-    pipeline.run(settings, ProcessContext(Stop(), lambda: None, IdleLimit(5), processes=Waiting({})))
+    pipeline.run(settings, ProcessContext(StopFlag(), lambda: None, IdleLimit(5), processes=Waiting({})))
     assert asked[-2:] == [{"gate": {"passed": None}}, "handed over"]
 
 
@@ -67,7 +67,7 @@ def test_training_of_the_first_stage_that_fails_names_its_own_setting(
     stages = split_stages(load_settings([], environ | both))
     for settings, name in zip(stages, ("SFT_LEARNING_RATE", "LEARNING_RATE"), strict=True):
         with pytest.raises(TrainingFailed, match=rf"Lower JOB_TRAIN__{name}$"):
-            pipeline._run_training_stage(settings, ProcessContext(Stop(), lambda: None, IdleLimit(5)), None)
+            pipeline._run_training_stage(settings, ProcessContext(StopFlag(), lambda: None, IdleLimit(5)), None)
 
 
 @pytest.mark.parametrize("was", [None, ScoringPrecision("bf16", "bf16", "")])
@@ -107,4 +107,4 @@ def test_no_stage_is_trained_where_a_finished_run_was_being_copied(
     LocalStore(Path(folder_of(settings))).write(stage_key(EXPORTED_RUN), b"{}")
     monkeypatch.setattr(pipeline, "check_before_lease", lambda *_, **__: pytest.fail("a stage has begun"))
     with pytest.raises(SettingsError, match=r"JOB_EXPORT__RUN: is not set, but .*/a-run has begun to export"):
-        pipeline.run(settings, ProcessContext(Stop(), lambda: None, IdleLimit(5)))
+        pipeline.run(settings, ProcessContext(StopFlag(), lambda: None, IdleLimit(5)))

@@ -15,7 +15,7 @@ from job import start_and_end
 from job.common.hashing import sealed
 from job.distributed.processes import ALONE, Processes
 from job.errors import Preempted, SettingsError
-from job.preemption.stop_flag import Stop
+from job.preemption.stop_flag import StopFlag
 from job.records import AttemptRecord
 from job.runs.attempt import Attempt
 from job.runs.layout import attempt_key
@@ -35,7 +35,7 @@ from tests.attempts import First, Second
 
 def context(processes: Processes = ALONE) -> ProcessContext:
     """A process that nobody stops."""
-    return ProcessContext(Stop(), lambda: None, IdleLimit(5), processes=processes)
+    return ProcessContext(StopFlag(), lambda: None, IdleLimit(5), processes=processes)
 
 
 def test_the_webhook_is_told_whether_the_gate_is_met(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from job.distributed.common_exit_code import End, agree_on_end, publish_end
-from job.errors import exit_codes, gravest
+from job.errors import exit_codes, most_serious
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_all_pairs_of_codes(store: Any) -> None:
     with ThreadPoolExecutor(len(pairs)) as pool:
         found = dict(zip(pairs, pool.map(both, pairs), strict=True))
     for (first, second), codes in found.items():
-        assert codes == [0 if first == 0 else gravest(code for code in (first, second) if code)] * 2
+        assert codes == [0 if first == 0 else most_serious(code for code in (first, second) if code)] * 2
 
 
 def test_the_reason_comes_from_the_process(store: Any) -> None:

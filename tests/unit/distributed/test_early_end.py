@@ -26,7 +26,7 @@ from job.distributed.ranks import Place
 from job.distributed.rendezvous import host_store, join, keyspace, reach_store
 from job.errors import JobError, Killed, Problem, SettingsError, Unreachable, error_of_process
 from job.platforms.detect import detect
-from job.preemption.stop_flag import Stop
+from job.preemption.stop_flag import StopFlag
 from tests.forked import free_port
 from tests.waiting import wait_for
 
@@ -48,7 +48,9 @@ def end_of_joining(
     """What one of two processes ends with that joins a run."""
     place = Place(rank, 2, host="localhost", port=port, hosted=hosted, restart=restart)
     try:
-        with join(place, run, stop=Stop(), report_progress=lambda: None, timeout_seconds=patience, grace_seconds=0.1):
+        with join(
+            place, run, stop=StopFlag(), report_progress=lambda: None, timeout_seconds=patience, grace_seconds=0.1
+        ):
             return None
     except JobError as error:
         return error
@@ -97,7 +99,7 @@ def test_one_without_its_launcher_does_not_keep_its_place(monkeypatch: pytest.Mo
     store = host_store(0, "r")
     place = Place(1, 2, host="localhost", port=store.port, hosted=True, launcher=7)
     monkeypatch.setattr(os, "getppid", lambda: 1 if keyspace(store, "r").check(["here#1"]) else 7)
-    joining = join(place, "r", stop=Stop(), report_progress=lambda: None, timeout_seconds=60, grace_seconds=0.1)
+    joining = join(place, "r", stop=StopFlag(), report_progress=lambda: None, timeout_seconds=60, grace_seconds=0.1)
     with pytest.raises(Killed), joining:
         pass
     assert json.loads(keyspace(store, "r").get(END))["process"] == 1

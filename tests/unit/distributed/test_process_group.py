@@ -19,7 +19,7 @@ from job.distributed.process_group import ProcessGroup
 from job.distributed.ranks import Place
 from job.distributed.rendezvous import connect_store, host_store, keyspace
 from job.errors import DataError, JobError, Killed, Preempted, Problem, TrainingFailed, Unreachable
-from job.preemption.stop_flag import Stop
+from job.preemption.stop_flag import StopFlag
 from tests.waiting import wait_for
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ class Team:
 
     def __init__(self) -> None:
         self.host = host_store(0)
-        self.stops = [Stop() for _ in range(3)]
+        self.stops = [StopFlag() for _ in range(3)]
         self.beats = [0, 0, 0]
         self.members = [self._member(rank) for rank in range(3)]
 

@@ -19,7 +19,7 @@ from job.distributed.ranks import Place
 from job.distributed.rendezvous import connect_store, host_store, join, keyspace
 from job.errors import Killed, Preempted, SettingsError, Unreachable
 from job.platforms.detect import detect
-from job.preemption.stop_flag import Stop
+from job.preemption.stop_flag import StopFlag
 from tests.forked import free_port
 
 POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
@@ -32,13 +32,13 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def joining(
-    place: Place | None, stop: Stop | None = None, timeout_seconds: float = 1.0, **more: Any
+    place: Place | None, stop: StopFlag | None = None, timeout_seconds: float = 1.0, **more: Any
 ) -> AbstractContextManager[Processes]:
     """Joins a run."""
     return join(
         place,
         "run",
-        stop=stop or Stop(),
+        stop=stop or StopFlag(),
         report_progress=lambda: None,
         timeout_seconds=timeout_seconds,
         grace_seconds=1,
@@ -191,7 +191,7 @@ def test_a_signal_ends_the_waiting(come: str) -> None:
     """While the other machines are still being started, this one may be taken away."""
     host = host_store(0)
     port = host.port if come == "the others" else free_port()
-    stop = Stop()
+    stop = StopFlag()
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(fail, Place(1, 2, host="localhost", port=port, hosted=True), stop=stop, timeout_seconds=60)
         time.sleep(0.3)

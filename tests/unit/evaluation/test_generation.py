@@ -40,10 +40,10 @@ from job.evaluation.model_defaults import with_model_defaults
 from job.evaluation.parallel_scoring import ParallelScoring
 from job.evaluation.score_cache import ScoreCache
 from job.evaluation.token_sampling import Draws, Sampling, _draw, choose_tokens
-from job.model.base import PLAIN, load_base
 from job.model.fused import frozen_weights
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
+from job.model.load_base import PLAIN, load_base
 from job.model.lora import trainable
 from job.model.packed_attention import NAME, is_packed, use
 from job.records import Answer

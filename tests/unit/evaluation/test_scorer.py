@@ -263,14 +263,14 @@ takes part in a computation."""
 
 def test_the_key_of_scores_covers_all_code_that_decides_them() -> None:
     """A module that scoring or the forward pass starts to import has to join the list, or scores would be stale."""
-    roots = ("job.evaluation.scoring", "job.evaluation.generation", "job.model.base", "job.model.lora")
+    roots = ("job.evaluation.scoring", "job.evaluation.generation", "job.model.load_base", "job.model.lora")
     fused = tuple(f"job.model.fused.{name}" for name in ("frozen_weights", "lora_forward", "precise_forward"))
     assert list(score_cache.CODE) == sorted(closure(*roots, "job.model.adapter_files", *fused) - CARRY_VALUES)
 
 
 def test_the_key_of_a_quantized_base_covers_all_code_that_decides_its_bits() -> None:
     """The same for the cached quantized base; what only moves and checks its files does not count."""
-    found = closure("job.model.base", "job.model.quantized_cache.cache") - CARRY_VALUES
+    found = closure("job.model.load_base", "job.model.quantized_cache.cache") - CARRY_VALUES
     found -= {
         "job.model.adapter_options",
         "job.model.decomposed_init",

@@ -91,7 +91,7 @@ def by_lm_eval(folder: Path, tokenizer: Any, file: Path, max_length: int) -> Any
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    from job.model.base import PLAIN
+    from job.model.load_base import PLAIN
     from job.model.packed_attention import NAME, use
 
     own = model(folder)

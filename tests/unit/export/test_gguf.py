@@ -22,7 +22,7 @@ from job.export import gguf
 from job.export.formats import DerivedInputs
 from job.export.gguf import check_gguf, load_gguf, make_gguf, score_in_llama_cpp
 from job.export.quantizable import CannotMake
-from job.model.base import PLAIN, load_base
+from job.model.load_base import PLAIN, load_base
 from job.model.packed_attention import use
 from job.model.tokenizer import load_tokenizer
 from job.records import ChoiceScore, Question

@@ -34,9 +34,9 @@ from job.export.formats import DERIVED
 from job.export.merge import write_merged
 from job.export.merge_plan import DEQUANTIZED, ORIGINAL, candidates, plan_merge
 from job.model.adapter_options import AdaLora, AdapterOptions
-from job.model.base import PLAIN
 from job.model.free_model import free_model
 from job.model.fused.frozen_weights import dequantized
+from job.model.load_base import PLAIN
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import use
 from job.model.tokenizer import load_tokenizer

@@ -14,9 +14,9 @@ from job.errors import SettingsError, TrainingFailed
 from job.model.adalora import allocate
 from job.model.adapter_files import load_adapter, save_adapter
 from job.model.adapter_options import PLAIN, AdaLora, AdapterOptions, make_options
-from job.model.base import inspect, load_base
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
+from job.model.load_base import inspect, load_base
 from job.model.lora import adapter_off, add_adapter, count_parameters, trainable
 from job.model.model_record import describe_model
 from job.model.packed_attention import use

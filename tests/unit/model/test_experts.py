@@ -18,11 +18,11 @@ from job.export.merge_plan import DEQUANTIZED, ORIGINAL, candidates
 from job.model.adapter_files import load_adapter, save_adapter
 from job.model.adapter_options import AdapterOptions
 from job.model.architecture import read_config
-from job.model.base import inspect
 from job.model.experts import expert_tensors, left_plain, packed, quantized_experts
 from job.model.fused.frozen_weights import forget_dequantized, fuse_layers
 from job.model.fused.kernels import TORCH
 from job.model.gradient_checkpointing import recompute_activations
+from job.model.load_base import inspect
 from job.model.lora import adapter_off, add_adapter, trainable
 from job.model.model_record import describe_model, held
 from job.model.packed_layout import Segment, build_layout

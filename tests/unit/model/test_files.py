@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from job.errors import DataError, JobError, SettingsError
-from job.model.base import load_base
 from job.model.files import MAX_CONFIG_BYTES, fingerprint, read_config, readable, silence, weight_files
+from job.model.load_base import load_base
 from job.model.loading_errors import is_of_files
 from job.model.tokenizer import load_tokenizer
 from tests.families.models import make_model as make_mixture

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from job.model.base import PLAIN, load_base
+from job.model.load_base import PLAIN, load_base
 from job.model.lora import add_adapter
 from job.model.packed_attention import use
 from tests.families.models import make_model as make_family

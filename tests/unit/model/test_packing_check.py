@@ -13,7 +13,7 @@ import torch
 from job.errors import DataError, SettingsError
 from job.evaluation.scoring import score_sequence
 from job.model import packed_attention
-from job.model.base import load_base
+from job.model.load_base import load_base
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import is_packed
 from job.model.packing_check import choose_packing

@@ -12,8 +12,8 @@ import torch
 
 from job.errors import SettingsError
 from job.model.adapter_files import load_adapter, save_adapter
-from job.model.base import PLAIN, inspect, load_base
 from job.model.files import SOURCE_CONFIG
+from job.model.load_base import PLAIN, inspect, load_base
 from job.model.lora import add_adapter, trainable
 from job.model.packed_attention import use
 from job.model.published_names import PublishedNames, find_published_names

@@ -12,7 +12,7 @@ import torch
 
 from job.errors import DataError
 from job.evaluation.scoring import score_sequence
-from job.model.base import load_base
+from job.model.load_base import load_base
 from job.model.lora import add_adapter
 from job.model.model_record import describe_model, held
 from job.model.packing_check import choose_packing

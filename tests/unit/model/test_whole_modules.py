@@ -13,7 +13,7 @@ import torch
 from job.errors import SettingsError
 from job.model.adapter_files import load_adapter, save_adapter
 from job.model.adapter_options import AdapterOptions
-from job.model.base import inspect
+from job.model.load_base import inspect
 from job.model.lora import adapter_off, add_adapter, count_parameters, trainable
 from job.model.packed_attention import use
 from job.model.packing_check import choose_packing

@@ -184,7 +184,7 @@ def test_a_stage_has_data_settings_of_its_own(given: Path, capsys: pytest.Captur
 
 
 def test_what_is_wrong_is_told_with_everything_else(given: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Bad rows, a layer that there is not, bad questions: all are found in one go; the exit code is the gravest's."""
+    """Bad rows, a layer that there is not, bad questions: all found in one go, with the most serious exit code."""
     write_jsonl(given / "rows.jsonl", [*alpaca_rows(3), {"instruction": "x"}])
     code, plan, log_lines = planned(capsys)
     assert code == DataError.exit_code
@@ -433,7 +433,7 @@ def test_why_hours_are_missing_is_said(given: Path, capsys: pytest.CaptureFixtur
 
 
 def test_where_nothing_is_known_nothing_is_made_up() -> None:
-    """A plan without a model and without data says so, in both forms; the gravest error is the plan's."""
+    """A plan without a model and without data says so, in both forms; the most serious error is the plan's."""
     wrong = (
         PreflightResult("storage", "wrong", "no", Unreachable("no")),
         PreflightResult("questions", "wrong", "bad", DataError([])),

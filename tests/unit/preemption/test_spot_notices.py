@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 from job.preemption import metadata_services, spot_notices
 from job.preemption.metadata_services import CLOUDS
 from job.preemption.spot_notices import watch_notices
-from job.preemption.stop_flag import Stop
+from job.preemption.stop_flag import StopFlag
 from tests import metadata_server
 from tests.metadata_server import Imitation, Reply, instance_action, scheduled_event, serve
 from tests.waiting import threads, wait_for
@@ -72,7 +72,7 @@ NOTICES = {
 def test_a_notice_raises_the_flag(name: str, automatic: bool) -> None:  # noqa: FBT001
     """A notice that appears while the job runs stops it, with the deadline; `auto` finds the cloud among all three."""
     answer, state, reason, seconds = NOTICES[name]
-    stop = Stop()
+    stop = StopFlag()
     with serve(answer) as service, serve(nothing) as other:
         bases = {"ec2": other.url, "gcp": other.url, "azure": other.url, name: service.url}
         with watch_notices(stop, "auto" if automatic else name, bases=bases, poll_seconds=POLL):  # type: ignore[arg-type]
@@ -89,7 +89,7 @@ def test_a_notice_raises_the_flag(name: str, automatic: bool) -> None:  # noqa: 
 def test_failures_of_the_service_are_survived(name: str) -> None:
     """A service that breaks in all ways and comes back is still listened to."""
     answer, state, reason, _ = NOTICES[name]
-    stop = Stop()
+    stop = StopFlag()
     with serve(answer) as service, watch_notices(stop, "auto", bases={name: service.url}, poll_seconds=POLL):
         wait_for(lambda: len(service.requests) > 4)
         for broken in (
@@ -109,7 +109,7 @@ def test_failures_of_the_service_are_survived(name: str) -> None:
 
 def test_where_there_is_no_cloud_the_thread_ends() -> None:
     """Other servers at that address are each asked once, and then left alone."""
-    stop = Stop()
+    stop = StopFlag()
     with serve(nothing) as service, watch_notices(stop, "auto", bases=dict.fromkeys(NOTICES, service.url)):
         wait_for(lambda: not threads("notices"))
         assert len(service.requests) == 3
@@ -119,7 +119,7 @@ def test_where_there_is_no_cloud_the_thread_ends() -> None:
 def test_silence_is_given_up_within_three_seconds(silent: Silent, monkeypatch: pytest.MonkeyPatch) -> None:
     """Detection does not hold the job up and ends soon, where packets just disappear."""
     assert len(CLOUDS) * TIMEOUT_SECONDS <= 3
-    with watch_notices(Stop(), "auto", bases=dict.fromkeys(NOTICES, silent.url)):
+    with watch_notices(StopFlag(), "auto", bases=dict.fromkeys(NOTICES, silent.url)):
         wait_for(silent.connections)
         monkeypatch.setattr(metadata_services, "TIMEOUT_SECONDS", 0.1)  # of the other two
         silent.close()
@@ -130,11 +130,11 @@ def test_silence_is_given_up_within_three_seconds(silent: Silent, monkeypatch: p
 def test_leaving_is_prompt(silent: Silent, monkeypatch: pytest.MonkeyPatch) -> None:
     """The end of the job waits for no poll, and for one request that hangs at most."""
     with serve(metadata_server.gcp) as service:
-        with watch_notices(Stop(), "gcp", bases={"gcp": service.url}, poll_seconds=3600):
+        with watch_notices(StopFlag(), "gcp", bases={"gcp": service.url}, poll_seconds=3600):
             wait_for(lambda: service.requests)
         wait_for(lambda: not threads("notices"))
     monkeypatch.setattr(spot_notices, "_JOIN_SECONDS", 0.1)
-    with watch_notices(Stop(), "auto", bases=dict.fromkeys(NOTICES, silent.url)):
+    with watch_notices(StopFlag(), "auto", bases=dict.fromkeys(NOTICES, silent.url)):
         wait_for(silent.connections)
     silent.close()
     wait_for(lambda: not threads("notices"))
@@ -143,14 +143,14 @@ def test_leaving_is_prompt(silent: Silent, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_off_is_off() -> None:
     """Whoever wants no polling gets no thread."""
-    with watch_notices(Stop(), "off"):
+    with watch_notices(StopFlag(), "off"):
         assert not threads("notices")
 
 
 def test_a_named_service_that_does_not_answer_is_told_once() -> None:
     """Who asks for EC2's notices and cannot get them should know, but not every five seconds."""
     with capture_logs() as lines, serve(nothing) as service:
-        with watch_notices(Stop(), "ec2", bases={"ec2": service.url}, poll_seconds=POLL):
+        with watch_notices(StopFlag(), "ec2", bases={"ec2": service.url}, poll_seconds=POLL):
             wait_for(lambda: len(service.requests) > 4)
         assert len(service.requests) > 4
     told = [line for line in lines if line["log_level"] == "warning"]

@@ -23,7 +23,7 @@ from job.preemption.stop_flag import (
     SIGNALS,
     SPARE_SECONDS,
     SPARE_SHARE,
-    Stop,
+    StopFlag,
     Stopwatch,
     Timings,
     decide,
@@ -49,13 +49,13 @@ class TestStop:
 
     def test_nobody_asked(self) -> None:
         """Without a request the job goes on, and has all the time there is."""
-        stop = Stop()
+        stop = StopFlag()
         stop.check()
         assert (stop(), stop.reason, stop.remaining()) == (False, None, math.inf)
 
     def test_a_request_ends_the_stage(self) -> None:
         """The message says who asked."""
-        stop = Stop()
+        stop = StopFlag()
         stop.request("the test", 30)
         assert stop()
         assert 20 < stop.remaining() <= 30
@@ -64,7 +64,7 @@ class TestStop:
 
     def test_waiting_leaves_time_for_the_end(self) -> None:
         """Before the deadline, the end of the attempt is still to be recorded."""
-        stop = Stop()
+        stop = StopFlag()
         assert stop.waiting_seconds() == math.inf
         stop.request("the test", 30)
         assert 20 < stop.waiting_seconds() <= 30 - SPARE_SECONDS
@@ -74,7 +74,7 @@ class TestStop:
     @given(st.lists(st.none() | st.floats(-10, 1000), min_size=1, max_size=5))
     def test_the_first_reason_and_the_earliest_deadline_hold(self, deadlines: list[float | None]) -> None:
         """A later request may shorten the time that is left, and never lengthens it."""
-        stop = Stop()
+        stop = StopFlag()
         for number, seconds in enumerate(deadlines):
             before = stop.deadline
             stop.request(str(number), seconds)
@@ -85,7 +85,7 @@ class TestStop:
 
     def test_it_may_be_raised_from_any_thread(self) -> None:
         """Threads that ask at once lose no request."""
-        stop = Stop()
+        stop = StopFlag()
         threads = [threading.Thread(target=stop.request, args=(str(n), 1000 - n)) for n in range(50)]
         for thread in threads:
             thread.start()

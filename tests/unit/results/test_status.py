@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from job import log
-from job.checkpoints import manager
+from job.checkpoints import checkpoint_store
 from job.common.hashing import sealed, unsealed
 from job.errors import DataError, JobError, NoProgress, Preempted, Problem, SettingsError
-from job.preemption.stop_flag import Stop
+from job.preemption.stop_flag import StopFlag
 from job.records import Artifact, ExportedRun, TrainingProgress
 from job.results.outcome import MetricComparison, OutcomeValues
 from job.results.status import STALLED_SECONDS, AttemptEnd, Resume, RunStatus, as_json, read_status
@@ -52,7 +52,7 @@ def attempt_at(folder: Path, *, killed: bool = False, idle: IdleLimit | None = N
         store,
         {"train.epochs": 2},
         cache=str(folder.with_name("cache")),
-        stop=Stop(),
+        stop=StopFlag(),
         report_progress=lambda: None,
         faults=arm((), store),
         idle=idle,
@@ -76,7 +76,7 @@ def save(folder: Path, step: int) -> None:
     files = folder.with_name(f"files-{step}")
     files.mkdir()
     (files / "adapter.safetensors").write_bytes(b"weights")
-    manager.publish(LocalStore(folder), files, step, manager.Writer(1, 1, {}))
+    checkpoint_store.publish(LocalStore(folder), files, step, checkpoint_store.MarkerFields(1, 1, {}))
 
 
 def seen(folder: Path, seconds: float = 1.0) -> RunStatus:

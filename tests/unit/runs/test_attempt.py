@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from job.checkpoints import manager
+from job.checkpoints import checkpoint_store
 from job.common.hashing import sealed
 from job.errors import DataError, JobError, NoProgress, Preempted, Replaced, SettingsError, Unreachable
-from job.preemption.stop_flag import Stop
+from job.preemption.stop_flag import StopFlag
 from job.records import Artifact, Evaluated, Pulled, Uploaded
 from job.results.completed import withdraw_incomplete
 from job.runs import attempt as runs_attempt
@@ -52,12 +52,12 @@ def store(tmp_path: Path) -> LocalStore:
 def opened(store: LocalStore, tmp_path: Path) -> Callable[..., AbstractContextManager[Attempt]]:
     """Begins an attempt at the run."""
 
-    def begin(stop: Stop | None = None, through: ObjectStore = store) -> AbstractContextManager[Attempt]:
+    def begin(stop: StopFlag | None = None, through: ObjectStore = store) -> AbstractContextManager[Attempt]:
         return open_attempt(
             through,
             SETTINGS,
             cache=str(tmp_path / "cache"),
-            stop=stop or Stop(),
+            stop=stop or StopFlag(),
             report_progress=lambda: None,
             faults=arm((), store),
         )
@@ -75,7 +75,7 @@ def test_an_attempt_that_ends_while_it_copies_a_run_is_recorded(
         time.sleep(0.02)
         raise error
 
-    how: dict[str, Any] = {"cache": None, "stop": Stop(), "report_progress": lambda: None, "faults": arm((), store)}
+    how: dict[str, Any] = {"cache": None, "stop": StopFlag(), "report_progress": lambda: None, "faults": arm((), store)}
     with (
         pytest.raises(type(error)),
         open_attempt(store, SETTINGS, take_over=TakeOver(SETTINGS, 3, copy), **how),
@@ -101,7 +101,7 @@ def test_copying_a_run_is_progress_if_more_files_are_there(
 
         return copy
 
-    how: dict[str, Any] = {"cache": None, "stop": Stop(), "report_progress": lambda: None, "faults": arm((), store)}
+    how: dict[str, Any] = {"cache": None, "stop": StopFlag(), "report_progress": lambda: None, "faults": arm((), store)}
     for number, expected in zip(files, (Preempted, ends), strict=True):
         given = TakeOver(SETTINGS, 3, copied(number))
         with pytest.raises(expected), open_attempt(store, SETTINGS, take_over=given, idle=IdleLimit(1), **how):
@@ -112,7 +112,7 @@ def test_a_run_that_began_meanwhile_is_not_copied_over(store: LocalStore) -> Non
     """By an attempt with other formats: what that one took over would not be its own any more."""
     keep_settings(store, SETTINGS | {"export.formats": ["merged"]})
     given = TakeOver(SETTINGS | {"export.formats": ["fp8"]}, 3, lambda *_, **__: pytest.fail("it was copied"))
-    how: dict[str, Any] = {"cache": None, "stop": Stop(), "report_progress": lambda: None, "faults": arm((), store)}
+    how: dict[str, Any] = {"cache": None, "stop": StopFlag(), "report_progress": lambda: None, "faults": arm((), store)}
     with (
         pytest.raises(SettingsError, match="JOB_EXPORT__FORMATS: this run began with"),
         open_attempt(store, given.settings, take_over=given, **how),
@@ -122,7 +122,7 @@ def test_a_run_that_began_meanwhile_is_not_copied_over(store: LocalStore) -> Non
 
 def test_another_machine_must_see_the_same_folder(store: LocalStore, tmp_path: Path) -> None:
     """It looks for the lease that process 0 has taken: in the run's folder, or in one of this machine alone."""
-    stop, first = Stop(), First()
+    stop, first = StopFlag(), First()
     how: dict[str, Any] = {"stop": stop, "report_progress": stop.check, "faults": arm((), store)}
     with open_attempt(store, SETTINGS, processes=first, cache=str(tmp_path / "0"), **how):
         how |= {"processes": Second(first.told), "cache": str(tmp_path / "1")}
@@ -271,7 +271,7 @@ def test_an_end_that_is_recorded_stays(store: LocalStore, tmp_path: Path) -> Non
         store,
         SETTINGS,
         cache=str(tmp_path / "cache"),
-        stop=Stop(),
+        stop=StopFlag(),
         report_progress=lambda: None,
         faults=arm((), store),
         idle=idle,
@@ -340,7 +340,7 @@ def test_a_stage_is_done_again_if_there_is_an_objection(
 
 def test_a_stage_does_not_begin_after_a_stop(opened: Callable[..., AbstractContextManager[Attempt]]) -> None:
     """The flag is looked at before work is begun that would not be finished."""
-    stop = Stop()
+    stop = StopFlag()
     stop.request("SIGTERM", 30)
     with pytest.raises(Preempted, match="SIGTERM"), opened(stop) as attempt:
         attempt.stage(Stage.TRAIN, dict[str, int], lambda: pytest.fail("was begun"))
@@ -417,7 +417,7 @@ def test_a_record_of_another_run_tells_nothing(store: LocalStore, tmp_path: Path
 
 def begun(store: LocalStore, tmp_path: Path) -> Attempt:
     """An attempt at the run."""
-    return Attempt(store, tmp_path, 1, Stop(), lambda: None, Faults((), store), [])
+    return Attempt(store, tmp_path, 1, StopFlag(), lambda: None, Faults((), store), [])
 
 
 class Work:
@@ -576,7 +576,7 @@ def test_a_run_of_an_earlier_version_keeps_its_stages(store: LocalStore, tmp_pat
             settings,
             defaults={"train.epochs": 1, "train.noise": 0},
             cache=str(tmp_path / "cache"),
-            stop=Stop(),
+            stop=StopFlag(),
             report_progress=lambda: None,
             faults=arm((), store),
         )
@@ -647,7 +647,9 @@ def test_a_late_record_changes_nothing(store: LocalStore, tmp_path: Path, record
     left: dict[str, bytes] = {}
 
     def publish_marker(attempt: Attempt) -> None:
-        manager.publish(attempt.store, tmp_path / "files", 4, manager.Writer(attempt.number, 1, {}))
+        checkpoint_store.publish(
+            attempt.store, tmp_path / "files", 4, checkpoint_store.MarkerFields(attempt.number, 1, {})
+        )
 
     def succeed() -> None:
         new = begun(store, tmp_path)
@@ -698,7 +700,7 @@ def stopped_attempts(store: LocalStore, cache: Path, limit: int, works: list[Cal
                 store,
                 SETTINGS,
                 cache=str(cache),
-                stop=Stop(),
+                stop=StopFlag(),
                 report_progress=lambda: None,
                 faults=arm((), store),
                 idle=idle,
@@ -751,7 +753,7 @@ def test_attempts_of_several_machines_that_get_nowhere_wait(
         store,
         SETTINGS,
         cache=str(tmp_path / "cache"),
-        stop=Stop(),
+        stop=StopFlag(),
         report_progress=lambda: None,
         faults=arm((), store),
     )
@@ -762,7 +764,7 @@ def test_attempts_of_several_machines_that_get_nowhere_wait(
             raise Preempted("stopped")
     assert waited == [0.0, 10.0, 20.0, 40.0, 60.0]
     assert idle_pause(5000) == 60.0
-    stop = Stop()
+    stop = StopFlag()
 
     def stopped_while_it_waits(_idle: int) -> float:
         Timer(0.1, lambda: stop.request("SIGTERM", 30.0)).start()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from job.checkpoints import manager
+from job.checkpoints import checkpoint_store
 from job.errors import SettingsError, Unreachable
 from job.preemption.stop_flag import stop_on_signals
 from job.runs import fault_injection
@@ -35,7 +35,7 @@ def publish(store: LocalStore, folder: Path, step: int) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "adapter.safetensors").write_bytes(b"weights" * 100)
     (folder / "progress.json").write_text(f'{{"step": {step}}}')
-    manager.publish(store, folder, step, manager.Writer(1, 1, {}))
+    checkpoint_store.publish(store, folder, step, checkpoint_store.MarkerFields(1, 1, {}))
 
 
 class TestParse:
@@ -259,11 +259,11 @@ def test_the_newest_checkpoint_is_corrupted_before_it_is_restored(store: LocalSt
     with capture_logs() as lines:
         second = faulty(store, arm(faults, store))
     assert "step-00000020/0001/progress.json" in lines[-1]["object"]
-    restored = manager.restore(second, tmp_path / "restored", {})
+    restored = checkpoint_store.restore(second, tmp_path / "restored", {})
     assert (restored.step, [skipped.step for skipped in restored.skipped]) == (10, [20])
     publish(store, tmp_path / "state", 40)
     third = faulty(store, arm(faults, store))
-    assert manager.restore(third, tmp_path / "restored", {}).step == 40
+    assert checkpoint_store.restore(third, tmp_path / "restored", {}).step == 40
 
 
 def test_a_checkpoint_that_is_damaged_already_is_left_alone(store: LocalStore, tmp_path: Path) -> None:
@@ -274,4 +274,4 @@ def test_a_checkpoint_that_is_damaged_already_is_left_alone(store: LocalStore, t
     assert arm(faults, store)
     publish(store, tmp_path / "state", 10)
     faulty(store, arm(faults, store))
-    assert manager.restore(store, tmp_path / "restored", {}).folder is None
+    assert checkpoint_store.restore(store, tmp_path / "restored", {}).folder is None

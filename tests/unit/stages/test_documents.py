@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from job.common.hashing import hash_file, sealed
 from job.errors import Unreachable
-from job.preemption.stop_flag import Stop
+from job.preemption.stop_flag import StopFlag
 from job.results import signing
 from job.results.manifest import validate
 from job.runs.attempt import Attempt
@@ -27,7 +27,7 @@ def finished(tmp_path: Path) -> tuple[Attempt, dict[str, Any]]:
     """An attempt whose run has everything but its documents, and the manifest so far."""
     found = evidence(arc_easy=answers(3, 1, 20))
     made = publish(tmp_path / "run", found, results(found))
-    attempt = Attempt(LocalStore(tmp_path / "run"), tmp_path / "work", 1, Stop(), lambda: None, None, [])  # type: ignore[arg-type]
+    attempt = Attempt(LocalStore(tmp_path / "run"), tmp_path / "work", 1, StopFlag(), lambda: None, None, [])  # type: ignore[arg-type]
     return attempt, made
 
 

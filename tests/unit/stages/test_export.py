@@ -27,7 +27,7 @@ from job.model.model_record import describe_model
 from job.model.packed_attention import NAME, use
 from job.model.published_names import PublishedNames
 from job.model.quantized_cache.layout import CachedBase
-from job.preemption.stop_flag import Stop
+from job.preemption.stop_flag import StopFlag
 from job.records import PEFT, Example, ExecutionPlan, Exported, Packing, QuantizationRecord, ScoringPrecision, Trained
 from job.runs.attempt import Attempt
 from job.runs.fault_injection import arm
@@ -105,7 +105,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def attempt_at(folder: Path, through: ObjectStore | None = None) -> Iterator[Attempt]:
     """An attempt at the run in a folder."""
     store = LocalStore(folder)
-    how = {"cache": str(folder.parent / "cache"), "stop": Stop(), "report_progress": lambda: None}
+    how = {"cache": str(folder.parent / "cache"), "stop": StopFlag(), "report_progress": lambda: None}
     with open_attempt(through or store, {}, faults=arm((), store), **how) as attempt:  # type: ignore[arg-type]
         attempt.run = "0" * 64
         yield attempt

@@ -23,7 +23,7 @@ from job.model.model_record import describe_model
 from job.model.packed_attention import NAME, use
 from job.model.published_names import PublishedNames
 from job.model.quantized_cache.layout import CachedBase
-from job.preemption.stop_flag import Stop
+from job.preemption.stop_flag import StopFlag
 from job.records import PEFT, Evaluated, ExecutionPlan, FullPrecision, Packing, ScoringPrecision
 from job.runs.fault_injection import arm
 from job.runs.open_attempt import open_attempt
@@ -110,7 +110,7 @@ def run(
     loaded = loaded_base(world, dtype, quantization, factor)
     sources = replace(example_sources(world), examples=make_examples(6))  # type: ignore[arg-type]
     store = LocalStore(runs / "one")
-    how: dict[str, Any] = {"cache": str(runs / "cache"), "stop": Stop(), "report_progress": lambda: None}
+    how: dict[str, Any] = {"cache": str(runs / "cache"), "stop": StopFlag(), "report_progress": lambda: None}
     with open_attempt(through or store, {}, faults=arm((), store), **how) as attempt:
         attempt.run = "0" * 64
         found = evaluate_bases(attempt, settings, sources, loaded)

@@ -16,7 +16,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from prometheus_client.parser import text_string_to_metric_families
 from structlog.testing import capture_logs
 
-from job.preemption.stop_flag import Stop
+from job.preemption.stop_flag import StopFlag
 from job.records import RunFigures, TrainingProgress
 from job.runs.fault_injection import arm
 from job.runs.layout import Stage
@@ -267,7 +267,7 @@ def test_an_attempt_tells_its_figures(tmp_path: Path) -> None:
             store,
             {"train.epochs": 2},
             cache=str(tmp_path),
-            stop=Stop(),
+            stop=StopFlag(),
             report_progress=lambda: None,
             faults=arm((), store),
         )

@@ -66,7 +66,7 @@ def train(run: Run) -> None:
 
     from job.distributed.ranks import Place
     from job.distributed.rendezvous import join
-    from job.preemption.stop_flag import Stop
+    from job.preemption.stop_flag import StopFlag
     from job.training import long_rows, micro_batch, step, trainer
     from job.training.config import Hooks
     from tests.unit.training.test_sequence_parallel import DIVIDED, EXAMPLES, RECIPE, VALIDATION, fused
@@ -74,7 +74,7 @@ def train(run: Run) -> None:
 
     for module in (long_rows, micro_batch, step):
         module.LONG_ROW = 40
-    stop, done, folder = Stop(), [], Path(run.folder)
+    stop, done, folder = StopFlag(), [], Path(run.folder)
     _disturb(run, stop, done)
     place = Place(run.rank, run.count, run.rank, run.count, "localhost", run.port)
     joining = {"stop": stop, "report_progress": lambda: None, "timeout_seconds": 60, "grace_seconds": 5}

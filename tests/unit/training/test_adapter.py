@@ -28,7 +28,7 @@ OWN = {
         "after_optimizer_step",
         "callbacks_for",
         "preference_gradient",
-        "steps_to_skip",
+        "steps_done",
         "log_probs",
         "metrics_of",
         "save_if_it_fits",

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from job.model.base import PLAIN
+from job.model.load_base import PLAIN
 from job.model.packed_attention import use
 from job.records import ExecutionPlan
 from job.training import trainer

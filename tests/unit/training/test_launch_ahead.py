@@ -27,7 +27,7 @@ from job.training.launch_ahead import (
     counts_of,
     is_bitsandbytes,
     restore_counts,
-    without_waiting,
+    without_bitsandbytes_sync,
 )
 from job.training.padded_gradient import PaddedGradient
 from job.training.trainer import train
@@ -255,24 +255,24 @@ def test_what_the_host_counts_in_a_step_is_undone(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name, spec in OPTIMIZERS.items() if "cpu" in spec.devices])
 def test_no_optimizer_waits_for_the_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even where bitsandbytes is imported later than `without_waiting` begins; the paged one must wait."""
+    """Even where bitsandbytes is imported later than `without_bitsandbytes_sync` begins; the paged one must wait."""
     waits: list[object] = []
     module = "bitsandbytes.optim.optimizer"
     monkeypatch.setattr(f"{module}.sync_gpu", waits.append)
     make(name)
     assert bool(waits) == is_bitsandbytes(OPTIMIZERS[name])
     waits.clear()
-    with without_waiting(OPTIMIZERS[name]):
+    with without_bitsandbytes_sync(OPTIMIZERS[name]):
         make(name)
     assert not waits
     assert sys.modules[module].sync_gpu == waits.append
     if is_bitsandbytes(OPTIMIZERS[name]):
-        with without_waiting(replace(OPTIMIZERS[name], paged=True)):
+        with without_bitsandbytes_sync(replace(OPTIMIZERS[name], paged=True)):
             assert sys.modules[module].sync_gpu == waits.append
         whole = sys.modules[module]
         monkeypatch.setattr("bitsandbytes.optim.optimizer", whole)  # the attribute, which the import below replaces
         monkeypatch.delitem(sys.modules, module)
-        with without_waiting(OPTIMIZERS[name]):
+        with without_bitsandbytes_sync(OPTIMIZERS[name]):
             assert sys.modules[module].sync_gpu.__name__ == "<lambda>"
 
 

@@ -101,7 +101,7 @@ def test_the_base_is_as_large_as_bitsandbytes_makes_it(base_folder: Path) -> Non
     """Bytes of a real quantized model, weights and constants, with and without double quantization."""
     import torch
 
-    from job.model.base import load_base
+    from job.model.load_base import load_base
 
     shape = Architecture(128, 256, 2, 4, 2, 32, 400, window=2048)
     for double in (True, False):
@@ -139,7 +139,7 @@ def _kept(folder: Path, shape: dict[str, int], count: int) -> int:
     import torch
     from transformers import MistralConfig, MistralForCausalLM
 
-    from job.model.base import load_base
+    from job.model.load_base import load_base
     from job.model.lora import add_adapter
     from job.training.packing import packed_inputs
 

@@ -12,8 +12,8 @@ import pytest
 from job.errors import SettingsError, Unreachable
 from job.export.model_checks import export_problems
 from job.model.adapter_options import PLAIN, AdapterOptions, make_options, too_few_steps
-from job.model.base import inspect
 from job.model.fused import long_attention
+from job.model.load_base import inspect
 from job.settings.load import load_settings
 from job.settings.schema import Export
 from job.stages import export_check, placement, pull_checks

@@ -23,7 +23,7 @@ from job.training.config import Hooks, Preference
 from job.training.flat_parameters import FlatParameters
 from job.training.objectives import OBJECTIVES
 from job.training.preference_gradient import PreferenceGradient, head_of, reference_log_probs, token_log_probs
-from job.training.step import OptimizerStep
+from job.training.step import StepGradient
 from tests.helpers import BOS, fill_adapter, make_examples, make_model
 from tests.unit.training.recipes import PLAN, RECIPE
 
@@ -74,7 +74,7 @@ def our_step(
     def backward(loss: torch.Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
 
-    step = OptimizerStep(
+    step = StepGradient(
         model,
         Steps(examples, recipe.seed, recipe.global_batch_size, 1),
         FlatParameters(trainable(model).values(), 256),

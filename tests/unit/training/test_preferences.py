@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from job.common.methods import METHODS
-from job.model.base import PLAIN
+from job.model.load_base import PLAIN
 from job.model.packed_attention import use
 from job.training.config import Preference
 from job.training.preference_gradient import reference_log_probs

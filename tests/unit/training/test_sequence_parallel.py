@@ -33,7 +33,7 @@ from job.training.config import Hooks
 from job.training.flat_parameters import FlatParameters
 from job.training.padded_gradient import PaddedGradient
 from job.training.sequence_parallel import why_not_divided
-from job.training.step import OptimizerStep
+from job.training.step import StepGradient
 from job.training.trainer import train
 from tests.forked import free_port
 from tests.helpers import LINEAR, deepened, fill_adapter, load_plain, make_examples
@@ -78,11 +78,11 @@ def a_step(
     plan: Any = PLAN,
     examples: Sequence[Example] = EXAMPLES,
     hooks: Hooks = HOOKS,
-) -> tuple[OptimizerStep, FlatParameters]:
+) -> tuple[StepGradient, FlatParameters]:
     """A step of all examples in one process of several."""
     parameters = FlatParameters(trainable(model).values(), 256)
     place = processes.place
-    made = OptimizerStep(
+    made = StepGradient(
         model,
         Steps(examples, RECIPE.seed, RECIPE.global_batch_size, RECIPE.total_steps, place.rank, place.world_size),
         parameters,

@@ -24,7 +24,7 @@ from job.training.config import Hooks, StepAbandoned
 from job.training.flat_parameters import FlatParameters
 from job.training.packing import IGNORED
 from job.training.padded_shapes import Shapes
-from job.training.step import OptimizerStep
+from job.training.step import StepGradient
 from tests.helpers import fill_adapter, make_examples, make_model
 from tests.unit.training import recipes
 from tests.unit.training.recipes import PLAN
@@ -47,7 +47,7 @@ def make_step(
     fail: Callable[[], None] = lambda: None,
     stop: Callable[[], bool] = lambda: False,
     fits: Callable[[float], bool] = lambda _: True,
-) -> tuple[OptimizerStep, FlatParameters]:
+) -> tuple[StepGradient, FlatParameters]:
     """A step whose loss is the plain one, of all logits."""
 
     def gradient(inputs: dict[str, Any], targets: int) -> torch.Tensor:
@@ -59,7 +59,7 @@ def make_step(
         return loss.detach()
 
     parameters = FlatParameters(trainable(model).values(), 256)
-    step = OptimizerStep(
+    step = StepGradient(
         model,
         Steps(examples, RECIPE.seed, RECIPE.global_batch_size, RECIPE.total_steps),
         parameters,

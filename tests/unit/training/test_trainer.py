@@ -32,7 +32,7 @@ from job.model.lora import add_adapter, trainable
 from job.model.packed_layout import Segment
 from job.records import Example, ExecutionPlan, Question, StepMetrics
 from job.training import packing, padded_shapes
-from job.training.config import Hooks, Recipe, Trained, step_seed, total_steps
+from job.training.config import Hooks, Recipe, TrainingResult, step_seed, total_steps
 from job.training.packing import packed_inputs
 from job.training.trainer import train
 from tests.helpers import EOS, LINEAR, PAD, fill_adapter, make_examples, make_model, with_new_tokens
@@ -62,7 +62,7 @@ def run(
     plan: ExecutionPlan = PLAN,
     stop_after: int | None = None,
     resume: Path | None = None,
-) -> tuple[Trained, list[Path]]:
+) -> tuple[TrainingResult, list[Path]]:
     """Trains, and stops after so many steps if asked to; returns the saved states too."""
     steps: list[StepMetrics] = []
     saved: list[Path] = []
@@ -102,7 +102,7 @@ def adapter_hash(model: Any) -> str:
     return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in trainable(model).values())).hexdigest()
 
 
-def facts(trained: Trained) -> str:
+def facts(trained: TrainingResult) -> str:
     """All that the metrics say but for what a clock measured."""
     return json.dumps([{k: v for k, v in asdict(step).items() if k != "measured"} for step in trained.history])
 

@@ -19,7 +19,7 @@ from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
 from job.model.lora import add_adapter, trainable
 from job.records import PEFT, Example, ExecutionPlan, ValidationMetrics, ValidationRecord
-from job.training.config import Hooks, Recipe, StepAbandoned, Trained
+from job.training.config import Hooks, Recipe, StepAbandoned, TrainingResult
 from job.training.early_stopping import due_steps, is_due, progress, validation_record
 from job.training.trainer import train
 from job.training.validation import Validation
@@ -60,7 +60,7 @@ def run(
     held_out: Sequence[Example] = HELD_OUT,
     plan: ExecutionPlan = PLAN,
     **hooks: Any,
-) -> tuple[Trained, list[Path]]:
+) -> tuple[TrainingResult, list[Path]]:
     """Trains; returns the checkpoints, too."""
     saved: list[Path] = []
     hooks = {"on_metrics": lambda _: None, "on_save": lambda path, _: saved.append(path), "stop": lambda: False} | hooks
@@ -83,7 +83,7 @@ def bits(model: Any) -> list[bytes]:
     return [p.detach().numpy().tobytes() for p in trainable(model).values()]
 
 
-def facts(trained: Trained) -> list[dict[str, Any]]:
+def facts(trained: TrainingResult) -> list[dict[str, Any]]:
     """Steps and validations without what was measured."""
     return [{k: v for k, v in asdict(m).items() if k != "measured"} for m in (*trained.history, *trained.validations)]
 
@@ -162,7 +162,9 @@ def test_training_is_the_same_with_and_without_validation(base_folder: Path, tok
 
 
 @pytest.fixture(scope="module")
-def whole(base_folder: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[bytes], Trained]:
+def whole(
+    base_folder: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[bytes], TrainingResult]:
     """A run that stops early, and what it keeps."""
     model = make_model(base_folder, quantization="nf4", dropout=0.1)
     trained, _ = run(model, tokenizer, tmp_path_factory.mktemp("whole"))
@@ -170,7 +172,7 @@ def whole(base_folder: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFa
 
 
 def test_training_stops_and_keeps_the_best(
-    whole: tuple[list[bytes], Trained], base_folder: Path, tokenizer: Any, tmp_path: Path
+    whole: tuple[list[bytes], TrainingResult], base_folder: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
     """After the patience training ends, before its last step; the adapter is that of the step with the lowest loss."""
     kept, trained = whole
@@ -199,7 +201,7 @@ def test_training_stops_and_keeps_the_best(
 
 @pytest.mark.parametrize("event", [pytest.param("on_metrics", marks=pytest.mark.long), "on_validation", "on_save"])
 def test_killed_anywhere_it_ends_alike(
-    whole: tuple[list[bytes], Trained], event: str, base_folder: Path, tokenizer: Any, tmp_path: Path
+    whole: tuple[list[bytes], TrainingResult], event: str, base_folder: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
     """Killed again and again, also between a validation and its checkpoint, a run stops at the same step, same bits."""
     kept, expected = whole
@@ -235,7 +237,7 @@ def test_killed_anywhere_it_ends_alike(
 
 
 def test_a_stop_in_a_validation_ends_it_soon(
-    whole: tuple[list[bytes], Trained], base_folder: Path, tokenizer: Any, tmp_path: Path
+    whole: tuple[list[bytes], TrainingResult], base_folder: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
     """The stop flag is read between micro-batches: the step is saved without its validation, which is made after it."""
     kept, expected = whole
@@ -263,7 +265,7 @@ def test_a_stop_before_the_first_step_trains_nothing(base_folder: Path, tokenize
 
 
 def test_a_run_that_has_stopped_trains_no_further(
-    whole: tuple[list[bytes], Trained], base_folder: Path, tokenizer: Any, tmp_path: Path
+    whole: tuple[list[bytes], TrainingResult], base_folder: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
     """Resumed from the checkpoint of the step where it stopped, a run does no step, and keeps the same adapter."""
     kept, expected = whole

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from job.data.prompts import prompts_sha256
+from job.data.evaluation_prompts import prompts_sha256
 from job.records import PromptAnswer
 from job.runs.layout import prompts_key
 from job.verification.check_prompts import check_prompts

@@ -14,12 +14,12 @@ from torch.nn import functional
 
 from job.evaluation.scoring import score_sequence
 from job.model.adapter_options import AdapterOptions
-from job.model.base import load_base
 from job.model.fused.dropout import reseed
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.fused_decoder import decoder_of
 from job.model.fused.kernels import TORCH, Kernels
 from job.model.gradient_checkpointing import recompute_activations
+from job.model.load_base import load_base
 from job.model.lora import adapter_off, add_adapter, trainable
 from job.records import Question
 from job.training.packing import packed_inputs

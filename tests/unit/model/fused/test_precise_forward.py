@@ -13,10 +13,10 @@ from bitsandbytes.functional import dequantize_4bit
 
 from job.evaluation.scoring import score_sequence
 from job.model.adapter_options import AdapterOptions
-from job.model.base import load_base
 from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
 from job.model.fused.precise_forward import copies_bytes, fits_fp16, precise_forward, why_not_precise
+from job.model.load_base import load_base
 from job.model.lora import adapter_off, add_adapter
 from job.records import Question
 from tests.helpers import LINEAR, fill_adapter

@@ -20,7 +20,7 @@ from structlog.testing import capture_logs
 
 from job.common.hashing import sealed
 from job.errors import AccessDenied, Preempted, Problem, SettingsError, Unreachable
-from job.model.base import load_base
+from job.model.load_base import load_base
 from job.model.model_record import describe_model
 from job.model.quantized_cache.cache import find, publishing, save
 from job.model.quantized_cache.layout import INDEX, CachedBase, CacheEntry, cached_base, entry_for

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job.errors import SettingsError
-from job.platforms.sagemaker import copied_folder, outlives_machine
+from job.platforms.sagemaker_copied_folder import copied_folder, outlives_machine
 from job.settings.load import load_settings
 from job.settings.markers import SageMakerChannel, find_markers
 from job.settings.sagemaker_channels import read_channels

@@ -35,7 +35,7 @@ SPARE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class Writer:
+class MarkerFields:
     """The attempt that writes checkpoints, as their markers describe it.
 
     Attributes:
@@ -51,7 +51,7 @@ class Writer:
     run: str | None = None
 
 
-def publish(store: ObjectStore, folder: Path, step: int, writer: Writer) -> None:
+def publish(store: ObjectStore, folder: Path, step: int, writer: MarkerFields) -> None:
     """Uploads the files of `folder`, then the marker. An attempt publishes a step once.
 
     Raises:
@@ -108,7 +108,7 @@ def prune(
 
 def publisher(
     store: ObjectStore,
-    writer: Writer,
+    writer: MarkerFields,
     *,
     keep: int,
     settle_seconds: float,
@@ -212,7 +212,7 @@ class UnusableCheckpoint(Exception):
 
 
 def delete_all_but_intact(store: ObjectStore, folder: Path, *, epoch: int, run: str | None, keep: int) -> list[Skipped]:
-    """Leaves the newest `keep` intact checkpoints: the manifest covers every file of the run.
+    """Deletes all checkpoints but the newest `keep` intact ones: the manifest lists every file that is left in the run.
 
     Restoring looks at the newest ones alone, and at none once training is done. Those that this attempt wrote are not
     read back: their hashes were taken from the files that it uploaded. Older ones are deleted as well: an earlier

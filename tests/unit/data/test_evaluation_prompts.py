@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from job.data.dataset import load_examples
-from job.data.prompts import MAX_PROMPTS, find_prompts, read_prompts, validation_prompts
+from job.data.evaluation_prompts import MAX_PROMPTS, find_prompts, read_prompts, validation_prompts
 from job.errors import DataError
 from job.records import PromptRow
 from tests.helpers import READING, write_jsonl

@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from job.checkpoints import manager
+from job.checkpoints import checkpoint_store
+from job.checkpoints.checkpoint_store import Restored, prune, publish, restore, steps
 from job.checkpoints.commit_marker import MAX_MARKER_BYTES, parse_marker
-from job.checkpoints.manager import Restored, prune, publish, restore, steps
 from job.common.hashing import hash_facts, seal
 from job.errors import AccessDenied, JobError, Unreachable
 from job.runs.layout import COMMITTED
@@ -61,7 +61,7 @@ def written(tmp_path: Path, step: int) -> Path:
 
 def commit(store: ObjectStore, tmp_path: Path, step: int, epoch: int = 1) -> None:
     """Publishes a step."""
-    publish(store, written(tmp_path, step), step, manager.Writer(epoch, 1, SOFTWARE))
+    publish(store, written(tmp_path, step), step, checkpoint_store.MarkerFields(epoch, 1, SOFTWARE))
 
 
 def is_whole(folder: Path | None, step: int) -> bool:
@@ -110,7 +110,7 @@ def test_what_is_published_holds_whole_checkpoints(two: LocalStore, tmp_path: Pa
     two.write("checkpoints/step-00000050/COMMITTED.json", marker.data)
     reading: list[str] = []
     watched = WrappedStore(two, before=lambda verb, key: reading.append(key) if verb == "download" else None)
-    gone = manager.delete_all_but_intact(watched, tmp_path / "copies", epoch=2, run="a", keep=9)
+    gone = checkpoint_store.delete_all_but_intact(watched, tmp_path / "copies", epoch=2, run="a", keep=9)
     assert [(skipped.step, skipped.why) for skipped in gone] == [
         (50, "the marker is of step 20"),
         (10, "progress.json has another SHA-256 than the marker"),
@@ -126,8 +126,8 @@ def test_what_is_published_holds_whole_checkpoints(two: LocalStore, tmp_path: Pa
 def test_a_checkpoint_of_another_run_is_not_published(store: LocalStore, tmp_path: Path) -> None:
     """One whose marker names another run is deleted too, and one that names none, as earlier versions wrote, stays."""
     for step, run in ((10, "a"), (20, "b"), (30, None)):
-        publish(store, written(tmp_path, step), step, manager.Writer(1, 1, SOFTWARE, run))
-    gone = manager.delete_all_but_intact(store, tmp_path / "copies", epoch=2, run="a", keep=9)
+        publish(store, written(tmp_path, step), step, checkpoint_store.MarkerFields(1, 1, SOFTWARE, run))
+    gone = checkpoint_store.delete_all_but_intact(store, tmp_path / "copies", epoch=2, run="a", keep=9)
     assert [one.step for one in gone] == [20]
     assert steps(store) == [30, 10]
 
@@ -136,7 +136,7 @@ def test_what_is_published_holds_no_more_checkpoints_than_are_kept(two: LocalSto
     """Older ones are deleted before, as an attempt that stood still while it deleted them would do it later."""
     commit(two, tmp_path, 30)
     two.write("checkpoints/step-00000030/0001/progress.json", b"{}")
-    gone = manager.delete_all_but_intact(two, tmp_path / "copies", epoch=2, run="a", keep=1)
+    gone = checkpoint_store.delete_all_but_intact(two, tmp_path / "copies", epoch=2, run="a", keep=1)
     assert [one.step for one in gone] == [30]
     assert steps(two) == [20]
 
@@ -583,7 +583,7 @@ def test_pickles_are_bytes_like_others(store: LocalStore, tmp_path: Path) -> Non
     folder.mkdir()
     for name in ("adapter.safetensors", "optimizer.pt", "progress.json"):
         (folder / name).write_bytes(pickle.dumps(Payload(tmp_path / "owned")))
-    publish(store, folder, 20, manager.Writer(1, 1, SOFTWARE))
+    publish(store, folder, 20, checkpoint_store.MarkerFields(1, 1, SOFTWARE))
     assert restore(store, tmp_path / "restored", SOFTWARE).step == 20
     assert not (tmp_path / "owned").exists()
 
@@ -593,7 +593,7 @@ def test_hidden_files_are_no_checkpoint(store: LocalStore, tmp_path: Path) -> No
     folder = written(tmp_path, 20)
     (folder / ".part").touch()
     with pytest.raises(ValueError, match=r"\.part"):
-        publish(store, folder, 20, manager.Writer(1, 1, SOFTWARE))
+        publish(store, folder, 20, checkpoint_store.MarkerFields(1, 1, SOFTWARE))
     assert list(store.list()) == []
 
 
@@ -804,7 +804,7 @@ def test_a_checkpoint_of_another_run_is_not_used(store: LocalStore, tmp_path: Pa
     """One that was trained with another seed, rate, data or base is passed over; one that fits, or is old, is used."""
     for step, run in ((10, None), (20, "mine"), (30, "other")):
         folder = written(tmp_path, step)
-        publish(store, folder, step, manager.Writer(1, 1, SOFTWARE, run))
+        publish(store, folder, step, checkpoint_store.MarkerFields(1, 1, SOFTWARE, run))
     found = restore(store, tmp_path / "restored", SOFTWARE, run="mine")
     assert (found.step, [skipped.step for skipped in found.skipped]) == (20, [30])
     assert "other settings, data or weights" in found.skipped[0].why
