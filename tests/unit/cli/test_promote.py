@@ -26,6 +26,7 @@ from job.results.promotion import KIND, MOST, PointerMoved, Promoted, pointer_lo
 from job.results.reader import open_run, read_published
 from job.storage.local import LocalStore
 from job.storage.location import StorageOptions
+from job.verification.differences import CheckResult
 from tests.published_run import forge, pairs, publish_run
 from tests.s3_server import BUCKET, credentials, moto_server
 
@@ -346,7 +347,12 @@ def test_a_run_that_is_replaced_while_it_is_verified(
 ) -> None:
     """What was verified is what the pointer names."""
     run = Path(shutil.copytree(made / "a", tmp_path / "a"))
-    monkeypatch.setattr(promote_module, "verify", lambda *_args, **_options: repeat(run) or [])
+
+    def verified(*_args: object, **_options: object) -> list[CheckResult]:
+        repeat(run)
+        return []
+
+    monkeypatch.setattr(promote_module, "verify", verified)
     with pytest.raises(VerificationError, match="was replaced while it was verified"):
         promote_command([str(run), "--to", str(tmp_path / "current")])
     assert not (tmp_path / "current").exists()
