@@ -24,6 +24,7 @@ from job.errors import GateError, JobError, Replaced, SettingsError, Verificatio
 from job.results import promotion
 from job.results.promotion import KIND, MOST, PointerMoved, Promoted, pointer_location, promote, read_pointer
 from job.results.reader import open_run, read_published
+from job.storage.base import MAX_READ_BYTES
 from job.storage.local import LocalStore
 from job.storage.location import StorageOptions
 from job.verification.differences import CheckResult
@@ -381,7 +382,7 @@ def test_what_is_no_pointer_and_no_run(made: Path, tmp_path: Path, monkeypatch: 
     """A file that neither is, by whatever size; the manifest of a run is taken for the run, also by its name alone."""
     (tmp_path / "file").write_text("mine")
     with (tmp_path / "huge").open("wb") as huge:
-        huge.truncate(1 << 40)
+        huge.truncate(MAX_READ_BYTES + 1)
     for name in ("file", "huge"):
         with pytest.raises(SettingsError, match=r"neither results\.json nor a pointer"):
             verify_command([str(tmp_path / name)])
