@@ -311,3 +311,14 @@ def test_a_claim_about_the_files_is_checked(tmp_path: Path, change: Callable[[di
     folder = published(tmp_path, BETTER)
     forge(folder, change)
     assert any("exports" in where or where.startswith(FOLDER) for where in wrong(folder))
+
+
+@pytest.mark.parametrize("side", ["merged-original", "original"])
+def test_answers_in_another_order_are_found(tmp_path: Path, side: str) -> None:
+    """Answers of an export, or of the unquantized base that it is compared with: a difference, not the end of it."""
+    exported, original = {"original": [True] * 19 + [False]}, {"arc": [True] * 15 + [False] * 5}
+    run = publish_run(tmp_path / "run", {"arc": pairs(20, improved=10)}, exported=exported, original=original)
+    path = f"artifacts/evaluation/arc.{side}.jsonl"
+    first, second, *rest = (run / path).read_bytes().splitlines(keepends=True)
+    rewrite(run, path, b"".join([second, first, *rest]))
+    assert f"{path} line 1" in wrong(run)

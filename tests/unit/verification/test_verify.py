@@ -868,3 +868,11 @@ def test_answers_of_the_original_base_are_to_the_same_questions(with_original: P
     forge(run, lambda results: results["evaluation"]["full_precision"]["tasks"].clear())
     found = _checked(run, tmp_path / "none")
     assert "evaluation.full_precision.tasks" in told({"evaluation": found["evaluation"]})
+
+
+def test_both_sides_are_scored_in_one_precision(run: Path, check: Checker) -> None:
+    """The adapter's record names another precision than the base's: a difference, and no end of `verify`."""
+    path = "stages/evaluate-adapter.json"
+    record = unsealed((run / path).read_bytes())
+    rewrite(run, path, sealed({**record, "precision": {"dtype": "fp32", "sums": "fp32", "reason": "test"}}))
+    assert f"{path} precision" in told(check())
