@@ -154,7 +154,14 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
     attempt.processes.share(
         "disk of the results",
         lambda: check_output_disk(
-            attempt, settings, loaded, rows=len(sources.examples), trains=not trained, exports=exports
+            attempt,
+            loaded,
+            settings.train,
+            settings.checkpoint,
+            settings.export.formats,
+            rows=len(sources.examples),
+            trains=not trained,
+            exports=exports,
         ),
     )
     if attempt.processes.leads:

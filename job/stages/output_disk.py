@@ -7,6 +7,7 @@ A file system that compresses its files is not allowed for; weights and moments 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -16,18 +17,12 @@ from job.checkpoints import checkpoint_store
 from job.common.export_formats import MERGED
 from job.common.formatting import size
 from job.common.optimizers import substitute
-from job.common.resources import (
-    OTHER_OUTPUT_BYTES,
-    checkpoint_bytes,
-    disk_space,
-    output_bytes,
-    required_bytes,
-)
+from job.common.resources import OTHER_OUTPUT_BYTES, checkpoint_bytes, disk_space, output_bytes, required_bytes
 from job.errors import Unreachable
 from job.model.lora import trainable
 from job.runs.attempt import Attempt
 from job.runs.layout import CHECKPOINTS, EXPORT
-from job.settings.load import Settings
+from job.settings.schema import Checkpoint, Train
 from job.stages.export_check import ExportSizes
 from job.stages.handoff import Loaded
 from job.storage.location import is_remote
@@ -95,14 +90,24 @@ class OutputNeed:
 
 
 def check_output_disk(
-    attempt: Attempt, settings: Settings, loaded: Loaded, *, rows: int, trains: bool, exports: ExportSizes | None
+    attempt: Attempt,
+    loaded: Loaded,
+    options: Train,
+    saving: Checkpoint,
+    formats: Sequence[str],
+    *,
+    rows: int,
+    trains: bool,
+    exports: ExportSizes | None,
 ) -> None:
     """Refuses a local folder whose disk is too small for the run, and warns of one that probably is; not of a bucket.
 
     Args:
         attempt: Its store is the run's folder. Called in the process that writes there.
-        settings: Those of this training stage; one that follows is checked when it begins.
         loaded: The model, with the adapter.
+        options: Settings of this training stage; one that follows is checked when it begins.
+        saving: Settings of its checkpoints.
+        formats: JOB_EXPORT__FORMATS.
         rows: Examples to train on.
         trains: Whether the adapter is trained by this attempt.
         exports: As `check_export` returns it; None without exports, or where they are not known yet.
@@ -110,9 +115,18 @@ def check_output_disk(
     Raises:
         Unreachable: What the run is going to write cannot fit. A retry helps once there is space.
     """
-    if is_remote(settings.run.output):
+    if is_remote(attempt.store.uri):
         return
-    need = _need(attempt.store, settings, loaded, rows=rows, trains=trains, exports=exports)
+    parameters = sum(parameter.numel() for parameter in trainable(loaded.model).values())
+    optimizer, _ = substitute(options.optimizer, loaded.model.device.type)
+    need = OutputNeed(
+        checkpoint=checkpoint_bytes(parameters, optimizer),
+        keep=saving.keep,
+        saves=_saves(attempt.store, options, saving.every_steps, rows) if trains else 0,
+        adapter=4 * parameters if trains else 0,
+        exports=exports,
+        formats=tuple(formats),
+    )
     folder = Path(attempt.store.uri)
     disk = disk_space(folder)
     shared = disk.shares(disk_space(attempt.work))
@@ -137,30 +151,14 @@ def check_output_disk(
         )
 
 
-def _need(
-    store: ObjectStore, settings: Settings, loaded: Loaded, *, rows: int, trains: bool, exports: ExportSizes | None
-) -> OutputNeed:
-    parameters = sum(parameter.numel() for parameter in trainable(loaded.model).values())
-    optimizer, _ = substitute(settings.train.optimizer, loaded.model.device.type)
-    return OutputNeed(
-        checkpoint=checkpoint_bytes(parameters, optimizer),
-        keep=settings.checkpoint.keep,
-        saves=_saves(store, settings, rows) if trains else 0,
-        adapter=4 * parameters if trains else 0,
-        exports=exports,
-        formats=tuple(settings.export.formats),
-    )
-
-
-def _saves(store: ObjectStore, settings: Settings, rows: int) -> int:
+def _saves(store: ObjectStore, options: Train, every: int, rows: int) -> int:
     """How many checkpoints this attempt writes at least, if it is not stopped.
 
     There is one every JOB_CHECKPOINT__EVERY_STEPS, and one of the last step. Training that may stop early writes at
     least one; an attempt that resumes it may have nothing left to train.
     """
-    t, every = settings.train, settings.checkpoint.every_steps
-    total = total_steps(rows, t.global_batch_size, t.epochs, t.max_steps)
+    total = total_steps(rows, options.global_batch_size, options.epochs, options.max_steps)
     newest = next(iter(checkpoint_store.steps(store)), 0)
-    if t.stop_after is not None:
+    if options.stop_after is not None:
         return int(newest == 0)
     return 0 if newest >= total else ceil(total / every) - newest // every

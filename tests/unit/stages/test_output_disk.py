@@ -85,22 +85,20 @@ def test_the_least_that_must_be_free(
 
 def check(folder: Path, *words: str, rows: int = 200, trains: bool = True) -> list[Any]:
     """`check_output_disk` of a run; returns what it logs. With 200 rows there are five checkpoints."""
-    store = LocalStore(folder / "out" / "run")
-    attempt: Any = SimpleNamespace(store=store, work=folder / "work")
-    model = torch.nn.Linear(NUMBERS, 1, bias=False, device="meta")
-    model.device = torch.device("cpu")
-    options = (f"--run.output={folder / 'out'}", "--train.global_batch_size=2", "--train.epochs=1")
-    settings = load_settings(["--preset=demo", *options, *words], {})
+    attempt: Any = SimpleNamespace(store=LocalStore(folder / "out" / "run"), work=folder / "work")
     with capture_logs() as lines:
-        check_output_disk(
-            attempt,
-            settings,
-            SimpleNamespace(model=model),
-            rows=rows,
-            trains=trains,
-            exports=None,  # type: ignore[arg-type]
-        )
+        check_in(attempt, *words, rows=rows, trains=trains)
     return lines
+
+
+def check_in(attempt: Any, *words: str, rows: int = 200, trains: bool = True) -> None:
+    """`check_output_disk` by the settings of a run."""
+    model: Any = torch.nn.Linear(NUMBERS, 1, bias=False, device="meta")
+    model.device = torch.device("cpu")
+    loaded: Any = SimpleNamespace(model=model)
+    settings = load_settings(["--preset=demo", "--train.global_batch_size=2", "--train.epochs=1", *words], {})
+    options, saving, formats = settings.train, settings.checkpoint, settings.export.formats
+    check_output_disk(attempt, loaded, options, saving, formats, rows=rows, trains=trains, exports=None)
 
 
 @pytest.fixture
@@ -156,10 +154,10 @@ def test_what_is_left_of_a_run_is_counted(disks: dict[str, DiskSpace], tmp_path:
     check(tmp_path)
 
 
-def test_a_bucket_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor is anything said about it."""
+def test_a_bucket_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is it listed."""
     monkeypatch.setattr(output_disk, "disk_space", None)
-    assert check(tmp_path, "--run.output=s3://bucket/runs") == []
+    check_in(SimpleNamespace(store=SimpleNamespace(uri="s3://bucket/runs/run")))
 
 
 def test_a_failed_upload_ends_the_next_step() -> None:
