@@ -6,7 +6,7 @@
     ├── GateError               3   quality gate not met; results are published
     ├── VerificationError       4   results do not verify
     ├── DataError              65   data is wrong
-    ├── Unreachable            69   storage or hub cannot be reached after retries
+    ├── Unreachable            69   storage or hub cannot be reached after retries, or a disk is full
     ├── TrainingFailed         70   training diverged, or memory is too small for it
     ├── NoProgress             71   attempts in a row made no progress
     ├── UnfitMachine           72   this machine cannot run the job; another one may
@@ -123,10 +123,10 @@ class DataError(_ManyProblems):
 
 
 class Unreachable(JobError):
-    """After all retries, storage or the hub did not answer, or not with a usable answer."""
+    """After all retries, storage or the hub did not answer, or not with a usable answer; or a disk is too small."""
 
     exit_code = 69
-    meaning = "storage or hub cannot be reached after retries"
+    meaning = "storage or hub cannot be reached after retries, or a disk is full"
     retry = "yes"
 
 

@@ -153,7 +153,7 @@ def _train(
             recipe=recipe,
             plan=loaded.plan,
             hooks=Hooks(
-                on_metrics=_step_logger(attempt, show_progress, watch, recipe.total_steps),
+                on_metrics=_step_logger(attempt, show_progress, watch, recipe.total_steps, publisher.check),
                 on_save=publisher.submit,
                 stop=attempt.stop,
                 fits=_fits(attempt, watch, publisher),
@@ -290,9 +290,13 @@ def _validation_interval(settings: Settings, rows: int) -> int:
 
 
 def _step_logger(
-    attempt: Attempt, show_progress: log.Progress, watch: Stopwatch, total_steps: int
+    attempt: Attempt,
+    show_progress: log.Progress,
+    watch: Stopwatch,
+    total_steps: int,
+    check_upload: Callable[[], None],
 ) -> Callable[[StepMetrics], None]:
-    """The hook that counts, times and logs a step."""
+    """The hook that counts, times and logs a step, and raises what the upload of a checkpoint has failed with."""
     pace = StepPace(total_steps)
 
     def on_metrics(metrics: StepMetrics) -> None:
@@ -315,6 +319,7 @@ def _step_logger(
         )
         attempt.step_done(metrics.step, seconds)
         attempt.on_metrics(metrics)
+        check_upload()  # steps after a checkpoint that was not saved would have to be repeated
 
     return on_metrics
 
