@@ -179,9 +179,7 @@ class CommandLine(Source):
         remaining = iter(enumerate(arguments, start=1))
         for position, argument in remaining:
             if not argument.startswith("--"):
-                # The argument is not repeated, since it may be a secret.
-                where = f"command line, argument {position}"
-                layer.problems.append(Problem(where, "is not a setting; settings are given as --group.name=value"))
+                layer.problems.append(self._no_option(argument, position))
                 continue
             key, equals, value = argument.removeprefix("--").partition("=")
             follower = arguments[position] if position < len(arguments) else "--"
@@ -196,6 +194,26 @@ class CommandLine(Source):
             else:
                 layer.given[name] = GivenValue(value, "command line")
         return layer
+
+
+    def _no_option(self, argument: str, position: int) -> Problem:
+        """The problem of an argument that does not begin with two dashes."""
+        key = argument.partition("=")[0].lstrip("-")
+        if argument.startswith("-") and _canonical(key) in self.names:
+            return Problem(f"command line -{key}", f"has one dash; write --{key}")
+        if argument.startswith("-") and len(key) == 1:
+            what = "is not an option; `qlora-job --version` prints the version, `qlora-job --help` what can be given"
+            return Problem(f"command line -{key}", what)
+        if argument.startswith("-") or any(one.startswith("-") for one in self.request.arguments[:position]):
+            # Not repeated: it may be a secret, or behind an option a part of one that has spaces.
+            what = "is not a setting; settings are given as --group.name=value, a value with spaces in quotes"
+            return Problem(f"command line, argument {position}", what)
+        word = ascii(argument[:_SHOWN_NAME])[1:-1]
+        what = (
+            f"is not a setting; the name of a run is given as --run.id {word}, its data as --data.source PATH, a file "
+            "with settings as --config PATH"
+        )
+        return Problem(f"command line {word}", what)
 
 
 class Environment(Source):
