@@ -45,6 +45,8 @@ SECRETS_DIR = "secrets_dir"  # a folder of files that are named like variables; 
 # Assumed upper bound of SageMaker's delay in copying a folder, for which it states no figure; a few GB take less.
 COPIED_WITHIN_SECONDS = 300
 _SHOWN_NAME = 80
+_MOST_SIMILAR = 3
+_NEAR_PART = 0.75  # similarity from which a word is taken for one in a setting's name: epohcs, epochs
 _NEAR_GROUP = 0.75  # similarity (difflib's ratio) from which a name is taken for that of a group: modle, model
 # Put into hyperparameters.json by SageMaker's own SDK and tuner.
 _SAGEMAKER_PREFIXES = ("sagemaker_", "_tuning_")
@@ -194,7 +196,6 @@ class CommandLine(Source):
             else:
                 layer.given[name] = GivenValue(value, "command line")
         return layer
-
 
     def _no_option(self, argument: str, position: int) -> Problem:
         """The problem of an argument that does not begin with two dashes."""
@@ -502,6 +503,22 @@ def _unknown(where: str, key: str, names: Collection[str], spell: Callable[[str]
     return Problem(
         where + written_name, "is not a setting, and none has a similar name; `qlora-job config` lists all settings"
     )
+
+
+def similar_names(word: str, names: Collection[str]) -> list[str]:
+    """The groups and settings that a word may mean which names none, the likeliest first: at most `_MOST_SIMILAR`."""
+    key = _canonical(word[:_SHOWN_NAME])
+    last = key.rpartition(".")[2]
+    parts: dict[str, list[str]] = {}  # the last part of a name, and each of its words -> the names
+    for name in names:
+        whole = name.rpartition(".")[2]
+        for part in dict.fromkeys([whole, *whole.split("_")]):
+            parts.setdefault(part, []).append(name)
+    groups = {name.partition(".")[0]: None for name in names if "." in name}
+    group = [name for name in groups if key.startswith(name)]
+    group = group or get_close_matches(key, groups, n=1, cutoff=_NEAR_GROUP)
+    near = [name for part in get_close_matches(last, parts, cutoff=_NEAR_PART) for name in parts[part]]
+    return list(dict.fromkeys([*_ELSEWHERE.get(last, ()), *group, *near]))[:_MOST_SIMILAR]
 
 
 def _nearest(key: str, names: Collection[str]) -> list[str]:
