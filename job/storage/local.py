@@ -179,8 +179,11 @@ class LocalStore:
         for folder in self._folders(path):
             try:
                 folder.rmdir()
+            except FileNotFoundError:
+                continue  # another process has removed it
             except OSError:
-                sync_folder(folder)
+                with suppress(FileNotFoundError):  # another process may remove it now
+                    sync_folder(folder)
                 break
 
     def conditional_writes(self) -> bool:
@@ -210,7 +213,7 @@ class LocalStore:
 
         Raises:
             Conflict: The name is taken, and it was not to be.
-            _LockLost: Whoever waited for the lock has removed the staged file.
+            _LockLost: Whoever waited for the lock has removed the staged file, or the empty folder that was just made.
         """
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -219,11 +222,12 @@ class LocalStore:
             else:
                 rename(staged, target)
         except FileNotFoundError:
-            if staged.exists():
+            if staged.exists() and target.parent.exists():
                 raise
             raise _LockLost from None
         for folder in self._folders(target):
-            sync_folder(folder)
+            with suppress(FileNotFoundError):  # another process may have deleted the object since
+                sync_folder(folder)
 
     def _walk(self, folder: Path) -> Iterator[ObjectInfo]:
         try:

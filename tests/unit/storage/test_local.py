@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -239,6 +240,55 @@ def test_delete_removes_empty_folders(store: LocalStore, root: Path) -> None:
     assert sorted(path.name for path in (root / "a").iterdir()) == ["d"]
     store.delete("a/d")
     assert [path.name for path in root.iterdir()] == [".store"]
+
+
+@pytest.mark.parametrize("when", ["before rmdir", "before it is flushed"])
+def test_folders_that_another_process_removes_meanwhile(
+    store: LocalStore, root: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """A process that stood still while it deleted an object goes on when its successor has deleted the whole folder."""
+    store.write("a/b/c", b"1")
+    other = ["a/b/d"] if when == "before it is flushed" else []
+    for key in other:
+        store.write(key, b"1")
+    original = Path.rmdir if other else local.rename
+
+    def then(*given: Path) -> None:
+        try:
+            original(*given)
+        finally:
+            if (root / "a").exists():
+                shutil.rmtree(root / "a")
+
+    monkeypatch.setattr(*((Path, "rmdir") if other else (local, "rename")), then)
+    store.delete("a/b/c")
+    assert list(store.list()) == []
+
+
+def test_a_write_whose_folder_another_process_removes(
+    store: LocalStore, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty folder that was just made is made again; one that is removed with the object in it is no error."""
+    original, removed = local.rename, []
+
+    def rename(path: Path, target: Path) -> None:
+        if target.name == "c" and not removed:
+            removed.append(target)
+            target.parent.rmdir()
+        original(path, target)
+
+    monkeypatch.setattr(local, "rename", rename)
+    store.write("a/b/c", b"1")
+    assert removed
+    assert store.read("a/b/c") is not None
+
+    def rename_and_remove(path: Path, target: Path) -> None:
+        original(path, target)
+        shutil.rmtree(root / "e", ignore_errors=True)
+
+    monkeypatch.setattr(local, "rename", rename_and_remove)
+    store.write("e/f", b"1")
+    assert store.read("e/f") is None
 
 
 def test_what_is_being_deleted_is_left_alone_by_sagemaker(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
