@@ -188,8 +188,8 @@ def _rows(path: Path, name: str, schema: str) -> Iterator[Row | RowError]:
         if encoding := other_encoding(error.object):
             yield RowError("prompt", name, what_to_convert(encoding, path))
         else:
-            line = error.object[: error.start].count(b"\n") + 1
-            yield RowError("prompt", f"{name}:{line}", f"{NOT_UTF8}; {TO_UTF8}")
+            number = error.object[: error.start].count(b"\n") + 1
+            yield RowError("prompt", f"{name}:{number}", f"{NOT_UTF8}; {TO_UTF8}")
         return
     except OSError as error:
         yield RowError("prompt", name, f"cannot be read: {error.strerror}")
