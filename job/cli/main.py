@@ -12,6 +12,7 @@ from job.cli.arguments import COMMANDS, command_help, settings_help, shown_comma
 from job.cli.error_report import report, translated
 from job.cli.library_variables import configure_azure
 from job.cli.output import print_text
+from job.common.interrupt import was_interrupted
 from job.errors import Problem, SettingsError
 from job.settings.load import current_platform, environment, secrets
 
@@ -19,7 +20,11 @@ HELP = frozenset({"-h", "--help"})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code."""
+    """Runs a command and returns its exit code.
+
+    Raises:
+        KeyboardInterrupt: By Ctrl-C, but in a run.
+    """
     argv = list(sys.argv[1:] if arguments is None else arguments)
     platform = current_platform()
     configure_azure()
@@ -28,7 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log.configure(asked if asked in {"json", "console"} else "auto", "info", secrets())
     try:
         return _dispatch(argv)
-    except Exception as error:  # noqa: BLE001 - this is the one handler
+    except Exception as error:  # this is the one handler
+        if was_interrupted():  # by the time a library has turned it into an error of its own
+            raise KeyboardInterrupt from error
         return report(translated(error), platform)
 
 
