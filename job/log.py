@@ -136,7 +136,7 @@ def _problems_by_line(render: Processor) -> Processor:
     """The renderer, with the problems of an error below its line, one on each, and the advice for all at the end."""
 
     def rendered(logger: Any, method: str, event: EventDict) -> str:
-        below = [*event.pop("problems", ()), event.pop("advice", "")]
+        below = [*event.pop("problems", ()), *event.pop("advice", "").splitlines()]
         return "\n".join([str(render(logger, method, event)), *(f"  {line}" for line in below if line)])
 
     return rendered

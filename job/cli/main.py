@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from job import __version__, log
-from job.cli.arguments import COMMANDS, command_help, settings_help, shown_commands, usage
+from job.cli.arguments import COMMANDS, command_help, settings_help, shown_commands, usage, words_without_help
 from job.cli.error_report import report, translated
 from job.cli.library_variables import configure_azure
 from job.cli.output import print_text
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _dispatch(argv: list[str]) -> int:
     if argv and argv[0] in {*HELP, "help"}:
-        return print_text(_help(argv[1:]))
+        return print_text(_help(argv[1:], argv[0]))
     if argv and argv[0] == "--version":
         return print_text(f"qlora-job {__version__}\n")
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
@@ -54,12 +54,15 @@ def _dispatch(argv: list[str]) -> int:
     return function_of(command)(argv)
 
 
-def _help(words: Sequence[str]) -> str:
-    """What `--help` without a command before it prints: of a command, of the settings that words name, or of all."""
+def _help(words: Sequence[str], asked: str) -> str:
+    """What `--help` without a command before it prints: of a command, of the settings that words name, or of all.
+
+    `asked` is how it was asked for: `-h`, `--help` or `help`.
+    """
     command, *others = words or [""]
     if command in shown_commands():
         return command_help(command, others)
-    return settings_help(words) or usage()
+    return settings_help(words) or words_without_help(words, asked, shown_commands()) + usage()
 
 
 def function_of(command: str) -> Callable[[Sequence[str]], int]:

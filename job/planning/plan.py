@@ -12,6 +12,7 @@ from pathlib import Path
 from job.common.export_formats import GGUF, MERGED
 from job.common.formatting import size
 from job.common.gpu_context import CONTEXT_BYTES
+from job.common.optimizers import too_high
 from job.common.resources import (
     OTHER_OUTPUT_BYTES,
     available_bytes,
@@ -24,7 +25,7 @@ from job.common.source_list import parse_sources
 from job.data.hub_dataset import is_hub_id
 from job.data.licences import find_licence
 from job.distributed.launcher import count_processes
-from job.errors import JobError, SettingsError, Unreachable, combine
+from job.errors import JobError, SettingsError, Unreachable, combine, environment_name
 from job.planning import scaling, time_model
 from job.planning.auxiliary_models import FP32_SHARE
 from job.planning.forecast import Estimate, GpuForecast, disk_bytes, estimates, forecast_gpu
@@ -92,7 +93,7 @@ def make_plan(settings: Settings, show: int = 0, unread: JobError | None = None)
     # As a run on this machine would count them; a plan for another machine names the number.
     processes = count_processes("auto") if settings.run.processes == "auto" else settings.run.processes
     placement_checks = [*_sharded_alone(settings, processes)]
-    checks += placement_checks
+    checks += [*placement_checks, *_learning_rates(settings)]
     run = shape_of_run(settings, preflight, checks, processes)
     gpus = [_with_memory_limit(gpu, settings.train.gpu_memory_gb) for gpu in GPUS]
     memory = [SHARED_MEMORY, *_main_memory(settings, run)]
@@ -118,6 +119,17 @@ def _note_of_export(settings: Settings, preflight: Preflight) -> Iterator[Prefli
     if any(check.name == EXPORTED and check.state != "wrong" for check in preflight.checks):
         what = f"JOB_EXPORT__RUN: {settings.export.run} is taken over; nothing is trained"
         yield PreflightResult("training", "note", what)
+
+
+def _learning_rates(settings: Settings) -> Iterator[PreflightResult]:
+    """The note on learning rates that are likely mistakes; a run that exports a finished one has none."""
+    train = settings.train
+    rates = {"train.learning_rate": train.learning_rate}
+    if not train.is_one_stage:
+        rates = {"train.sft_learning_rate": train.sft_learning_rate, **rates}
+    for name, rate in rates.items() if settings.export.run is None else ():
+        if (why := too_high(rate)) is not None:
+            yield PreflightResult("learning rate", "note", f"{environment_name(name)}: {why}")
 
 
 def _with_memory_limit(gpu: Gpu, gigabytes: float | None) -> Gpu:

@@ -15,14 +15,14 @@ from job.checkpoints.async_uploader import AsyncUploader
 from job.checkpoints.trainer_state import validate_trainer_state, write_metrics
 from job.common import host
 from job.common.hashing import hash_facts
-from job.common.methods import METHODS
-from job.common.optimizers import substitute
+from job.common.methods import FIRST_STAGE_SETTINGS, METHODS
+from job.common.optimizers import substitute, too_high
 from job.common.resources import check_disk, checkpoint_bytes, required_bytes
 from job.common.schedulers import make_schedule
 from job.common.validation import adapter_of
 from job.data.batch_plan import steps_per_epoch
 from job.data.examples import Examples
-from job.errors import Preempted, Unreachable
+from job.errors import Preempted, Unreachable, environment_name
 from job.model.adapter_files import save_adapter
 from job.model.lora import trainable
 from job.model.tokenizer_files import copy_tokenizer
@@ -73,6 +73,7 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
     recipe = _recipe(settings, len(sources.examples), loaded.micro_batch_tokens, optimizer)
     if processes.leads:
         _note_warmup(recipe)
+        _note_learning_rate(recipe, first_stage=settings.part_of is not None)
     examples, validation, reference = sources.examples, sources.validation, list[Artifact]()
     if METHODS[settings.train.last_method].reference:
         shared = open_store(settings.run.output, storage_options(settings.storage))
@@ -181,6 +182,14 @@ def _note_warmup(recipe: Recipe) -> None:
             total_steps=recipe.total_steps,
             change="JOB_TRAIN__WARMUP_RATIO=0.1; or more JOB_TRAIN__EPOCHS, or a smaller JOB_TRAIN__GLOBAL_BATCH_SIZE",
         )
+
+
+def _note_learning_rate(recipe: Recipe, *, first_stage: bool) -> None:
+    """Warns of a learning rate that is likely a mistake; the first of two training stages has a setting of its own."""
+    if (why := too_high(recipe.learning_rate)) is not None:
+        name = "train.learning_rate"
+        setting = environment_name(FIRST_STAGE_SETTINGS[name] if first_stage else name)
+        log.get_logger().warning("the learning rate is very high", setting=setting, why=why)
 
 
 def _publish_adapter(
