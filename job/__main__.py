@@ -6,17 +6,7 @@ import os
 import signal
 import sys
 from contextlib import suppress
-from typing import NoReturn
-
-from job.common import garbage_collection
-from job.common.out_of_memory import (
-    give_back_reserve,
-    imports_failed,
-    keep_reserve,
-    out_of_memory,
-    print_one_line,
-)
-from job.errors import TrainingFailed
+from typing import Any, NoReturn
 
 
 def run() -> NoReturn:
@@ -27,11 +17,11 @@ def run() -> NoReturn:
     """
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # not where the parent process ignores it
         signal.signal(signal.SIGTERM, _stopped_early)
-    garbage_collection.disable()
-    _open_closed_streams()
-    _undo_inherited_signals()
-    keep_reserve()
-    code = _main()
+    sys.unraisablehook = _unraisable
+    try:
+        code = _run()
+    except KeyboardInterrupt:  # raised by Python, unless a run has its own handlers or the parent process ignores it
+        _interrupted()
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed when the process began
         try:
             stream.flush()
@@ -42,8 +32,22 @@ def run() -> NoReturn:
     os._exit(code)
 
 
+def _run() -> int:
+    from job.common import garbage_collection, interrupt
+
+    interrupt.record_interrupt()
+    garbage_collection.disable()
+    _open_closed_streams()
+    _undo_inherited_signals()
+    return _main()
+
+
 def _main() -> int:
     """`main` of the command line, whose import and whose report of an error may find no memory, too."""
+    from job.common.out_of_memory import give_back_reserve, imports_failed, keep_reserve, out_of_memory, print_one_line
+    from job.errors import TrainingFailed
+
+    keep_reserve()
     try:
         from job.cli.main import main
 
@@ -56,13 +60,37 @@ def _main() -> int:
         return TrainingFailed.exit_code
 
 
-def _stopped_early(*_: object) -> NoReturn:
+def _unraisable(what: Any) -> None:
+    """Python's hook for exceptions that have nowhere to go, such as those in a callback of an import's lock.
+
+    They are printed and forgotten; an interrupt would be, too.
+    """
+    if issubclass(what.exc_type, KeyboardInterrupt):
+        _interrupted()
+    sys.__unraisablehook__(what)
+
+
+def _interrupted() -> NoReturn:
+    """Ends a process that was interrupted (Ctrl-C) before, or between, the handlers of a run: as `_stopped_early`.
+
+    Any other command ends as the signal ends other programs: a shell shows code 130, and ends a loop around it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    command = next(iter(sys.argv[1:]), "run")
+    if command in {"run", "train", "export"} or command.startswith("-"):
+        _stopped_early(signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    os._exit(130)  # process 1 of a container, which the signal does not end
+
+
+def _stopped_early(number: int, *_: object) -> NoReturn:
     """Ends a process that is stopped before, or between, the handlers of a run: as preempted, so that it is retried.
 
     Process 1 of a container would ignore the signal, and be killed after the grace period.
     """
     with suppress(OSError):
-        os.write(2, b'{"event": "stopped by SIGTERM", "level": "error", "exit_code": 75}\n')
+        name = signal.Signals(number).name.encode()
+        os.write(2, b'{"event": "stopped by %s", "level": "error", "exit_code": 75}\n' % name)
     os._exit(75)
 
 

@@ -62,11 +62,17 @@ def run(
     plan: ExecutionPlan = PLAN,
     stop_after: int | None = None,
     resume: Path | None = None,
+    longest_at: str = "",
 ) -> tuple[TrainingResult, list[Path]]:
     """Trains, and stops after so many steps if asked to; returns the saved states too."""
     steps: list[StepMetrics] = []
     saved: list[Path] = []
-    hooks = Hooks(steps.append, lambda path, _: saved.append(path), lambda: len(steps) == stop_after)
+    hooks = Hooks(
+        steps.append,
+        lambda path, _: saved.append(path),
+        lambda: len(steps) == stop_after,
+        place_of=lambda _tokens: longest_at,
+    )
     made = train(model, tokenizer, examples, recipe=recipe, plan=plan, hooks=hooks, folder=folder, resume=resume)
     return made, saved
 
@@ -913,8 +919,9 @@ def test_memory_that_is_too_small_for_one_example_ends_the_job(
     """When halving cannot help any more, the job ends with 70 and says what to lower, instead of trying forever."""
     model = make_model(base_folder)
     sizes = run_out_of_memory(model, lambda _: True)
-    with pytest.raises(TrainingFailed, match=r"one row at a time.*JOB_TRAIN__MAX_LENGTH or JOB_LORA__RANK"):
-        run(model, tokenizer, EXAMPLES, RECIPE, tmp_path)
+    said = r"one row at a time: the longest row, rows.jsonl:17, has .*JOB_TRAIN__MAX_LENGTH or JOB_LORA__RANK"
+    with pytest.raises(TrainingFailed, match=said):
+        run(model, tokenizer, EXAMPLES, RECIPE, tmp_path, longest_at="rows.jsonl:17")
     assert len(sizes) < 30
 
 
