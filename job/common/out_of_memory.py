@@ -143,7 +143,7 @@ def check_address_space() -> None:
         TrainingFailed: It does not.
     """
     limit = _address_space()
-    if limit is not None and limit < _LIBRARIES_BYTES:
+    if limit is not None and limit < _LIBRARIES_BYTES and "torch" not in sys.modules:
         raise TrainingFailed(
             f"the machine's memory cannot be used: {_process_limit()}, and the libraries of the job alone take "
             f"{size(_LIBRARIES_BYTES, ' ')}; raise that limit, or remove it (ulimit -v unlimited)"

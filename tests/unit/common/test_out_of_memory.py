@@ -114,6 +114,7 @@ def test_whose_memory_it_is() -> None:
 
 def test_a_limit_that_is_too_low_for_the_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is refused before they are imported, since some wait for ever or abort; a higher one, or none, is not."""
+    monkeypatch.delitem(sys.modules, "torch")
     for limit in (3_000_000_000, resource.RLIM_INFINITY):
         monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
         check_address_space()
