@@ -190,7 +190,7 @@ def free_caches() -> None:
             raise
 
 
-def too_small(stage: str, longest: int, error: BaseException, where: str = "") -> TrainingFailed:
+def too_small(stage: str, longest: int, error: BaseException, where: str = "", *, free_bytes: int) -> TrainingFailed:
     """The error where not even one row at a time fits.
 
     Args:
@@ -198,11 +198,13 @@ def too_small(stage: str, longest: int, error: BaseException, where: str = "") -
         longest: Tokens of the longest row.
         error: The original error.
         where: File and line of that row; empty if they are not known.
+        free_bytes: Main memory that is available now; not said where a GPU's memory ran out.
     """
     on_gpu, first = is_of_gpu(error), first_line(error)
     if tried := re.search(r"you tried to allocate (\d+) bytes", first):  # of torch on a CPU
         first = f"{size(int(tried[1]), ' ')} more could not be allocated"
-    details = "; ".join(filter(None, (first, "" if on_gpu else _free_memory(), "" if on_gpu else _process_limit())))
+    of_machine = () if on_gpu else (f"{size(free_bytes, ' ')} are free now", _process_limit())
+    details = "; ".join(filter(None, (first, *of_machine)))
     whose, machine = ("the GPU's", "GPU") if on_gpu else ("the machine's", "machine")
     row = f"the longest row{f', {where},' if where else ''} has {longest:,} tokens"
     return TrainingFailed(
@@ -210,15 +212,6 @@ def too_small(stage: str, longest: int, error: BaseException, where: str = "") -
         f"JOB_LORA__RANK (JOB_DATA__ON_LONG_ROW sets what is done with longer rows), or use a {machine} with more "
         f"memory ({details})"
     )
-
-
-def _free_memory() -> str:
-    """The machine's free memory in words; empty where too little is left even to ask for it."""
-    with suppress(ImportError, MemoryError, OSError):
-        from job.common.resources import available_bytes  # imports psutil
-
-        return f"{size(available_bytes(), ' ')} are free now"
-    return ""
 
 
 def keep_reserve() -> None:

@@ -22,6 +22,7 @@ import torch
 
 from job.checkpoints.trainer_state import ComputationOptions
 from job.common.out_of_memory import free_caches, too_small
+from job.common.resources import available_bytes
 from job.data.batch_plan import Steps, by_weight, weighted_targets
 from job.data.examples import lengths_of
 from job.distributed.processes import Processes
@@ -277,7 +278,8 @@ class StepGradient:
         """
         longest = self.micro_batch.longest_undivided(lengths_of(self._steps.examples))
         if self.budget <= longest // 2 and not self.plan.droppable and not self._may_divide:
-            raise too_small("training", longest, error, self._hooks.place_of(longest)) from error
+            where, free = self._hooks.place_of(longest), available_bytes()
+            raise too_small("training", longest, error, where, free_bytes=free) from error
 
     def _divide_or_halve(self) -> None:
         """Divides all long rows over the processes where that is possible, else halves the token budget; says so."""

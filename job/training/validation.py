@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from job.common.out_of_memory import free_caches, too_small
+from job.common.resources import available_bytes
 from job.data.batch_plan import by_weight, micro_batches, shares, weighted_targets, without_divided
 from job.data.examples import lengths_of, target_counts_of
 from job.distributed.processes import Processes
@@ -130,7 +131,7 @@ class Validation:
         def check_less_is_possible(error: RuntimeError) -> None:
             longest = self._step.micro_batch.longest_undivided(lengths)
             if self.budget <= longest // 2 and not self._step.plan.droppable:
-                raise too_small("a validation", longest, error) from error
+                raise too_small("a validation", longest, error, free_bytes=available_bytes()) from error
 
         while True:
             own, full = unless_memory_runs_out(
