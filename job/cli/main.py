@@ -14,6 +14,7 @@ from job.cli.library_variables import configure_azure
 from job.cli.output import print_text
 from job.common.interrupt import was_interrupted
 from job.common.out_of_memory import check_address_space
+from job.common.secrets_in_text import shown
 from job.errors import Problem, SettingsError
 from job.settings.load import current_platform, environment, secrets
 
@@ -47,7 +48,9 @@ def _dispatch(argv: list[str]) -> int:
         return print_text(f"qlora-job {__version__}\n")
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         near = "".join(f"; the nearest is {name}" for name in get_close_matches(argv[0], COMMANDS, n=1))
-        raise SettingsError([Problem(argv[0], f"is not a command{near}; commands are {', '.join(shown_commands())}")])
+        raise SettingsError(
+            [Problem(shown(argv[0]), f"is not a command{near}; commands are {', '.join(shown_commands())}")]
+        )
     command = argv.pop(0) if argv and argv[0] in COMMANDS else "run"
     if HELP & set(argv):
         first = min(argv.index(word) for word in HELP & set(argv))
