@@ -20,6 +20,7 @@ from job.planning.shown_rows import CLOSE, OPEN, as_lines
 from job.records import RecordedSettings
 from job.results.exported_run import recorded_settings
 from job.settings.load import Settings, load_settings, secrets
+from job.storage.first_answer import require_answers
 
 _WIDTH = 118
 _MOST_SHOWN = 1000
@@ -55,7 +56,9 @@ def _load(argv: Sequence[str]) -> tuple[Settings, JobError | None]:
 
     def read(settings: Settings) -> RecordedSettings:
         try:
-            return recorded_settings(str(settings.export.run), quick_storage(settings))
+            storage = quick_storage(settings)
+            require_answers([str(settings.export.run)], storage)
+            return recorded_settings(str(settings.export.run), storage)
         except JobError as error:
             unread.append(error)
             raise
