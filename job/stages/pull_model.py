@@ -28,9 +28,9 @@ from job.storage.location import is_remote
 from job.storage.open import ObjectStore, StorageOptions, fetch, open_store
 
 CODE = (
-    "job.model.load_base",
     "job.model.experts",
     "job.model.files",
+    "job.model.load_base",
     "job.model.placed_loading",
     "job.model.placed_weights",
     "job.model.quantized_cache.cache",

@@ -84,7 +84,8 @@ def _check_one(
             yield Difference(f"{where}.candidates.{candidate}", show(sorted(tasks)), show([*claimed]))
             continue
         samples, wrong = read_samples(tasks, side, copies)
-        yield from wrong or unpaired(samples, adapter, side)
+        wrong = wrong or [*unpaired(samples, adapter, side)]
+        yield from wrong
         if not wrong:
             claimed_entries = {task: {**tasks[task], side: figures["scores"]} for task, figures in claimed.items()}
             scores[candidate] = scores_of(samples, claimed_entries, side)
@@ -97,11 +98,10 @@ def _check_one(
                 original_entries = {
                     task: {**tasks[task], ORIGINAL_SIDE: figures["scores"]} for task, figures in recorded_tasks.items()
                 }
-                original = (
-                    scores_of(original_samples, original_entries, ORIGINAL_SIDE)
-                    if original_samples.keys() == original_entries.keys()
-                    else None
+                paired = original_samples.keys() == original_entries.keys() and not any(
+                    unpaired(original_samples, base, ORIGINAL_SIDE)
                 )
+                original = scores_of(original_samples, original_entries, ORIGINAL_SIDE) if paired else None
             recomputed = compare_export(*pair, scores[candidate], original)
             yield from find_differences(f"{where}.candidates.{candidate}", claimed, recomputed)
     if len(export["candidates"]) > 1 and scores.keys() == export["candidates"].keys():

@@ -104,11 +104,11 @@ def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) ->
             where = f"{RESULTS} evaluation.full_precision"
             differences += find_differences(where, evaluation.get("full_precision"), original)
             differences += find_differences(f"{RESULTS} evaluation.near_ties", evaluation.get("near_ties"), near)
-            precision = None if base.precision is None else asdict(base.precision)
+            precision = _precision(base)
             differences += find_differences(f"{RESULTS} evaluation.precision", evaluation.get("precision"), precision)
         differences += _measured_differ(results, base, adapter)
         differences += find_differences(f"{ADAPTER} generation", adapter.generation, base.generation)
-        differences += find_differences(f"{ADAPTER} precision", adapter.precision, base.precision)
+        differences += find_differences(f"{ADAPTER} precision", _precision(adapter), _precision(base))
         differences += _judged_differ(results, base, adapter)
         if pulled is not None:
             differences += _groups_differ(results, pulled, base, adapter)
@@ -119,6 +119,11 @@ def check_stages(results: Mapping[str, Any], copies: Copies, run: str | None) ->
         if exported is not None and base is not None and adapter is not None:
             differences += _exports_differ(results, exported, base, adapter)
     return CheckResult("stages", stages, tuple(differences))
+
+
+def _precision(evaluated: Evaluated) -> dict[str, Any] | None:
+    """How the choices were scored, as the manifest has it; None in old records."""
+    return None if evaluated.precision is None else asdict(evaluated.precision)
 
 
 def _measured_differ(results: Mapping[str, Any], base: Evaluated, adapter: Evaluated) -> Iterator[Difference]:

@@ -494,6 +494,48 @@ def test_marker_with_wrong_facts(two: LocalStore, tmp_path: Path, change: Callab
     assert restored_step(two, tmp_path) == 10
 
 
+FILE = {"bytes": 1, "sha256": "a" * 64}
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({}, None),
+        ({"files": {f"f{n}": FILE for n in range(100)}, "step": 0, "epoch": 10**9 - 1, "run": "x" * 200}, None),
+        ({"files": {f"f{n}": FILE for n in range(101)}}, "malformed"),
+        ({"files": {}}, "malformed"),
+        ({"files": {"a/b": FILE}}, "'a/b' is not the name of a file"),
+        ({"files": {".hidden": FILE}}, "'.hidden' is not the name of a file"),
+        ({"files": {"a\nb": FILE}}, "malformed"),
+        ({"files": {"f": FILE | {"bytes": -1}}}, "malformed"),
+        ({"files": {"f": FILE | {"bytes": 1.0}}}, "malformed"),
+        ({"files": {"f": FILE | {"sha256": "a" * 63}}}, "malformed"),
+        ({"files": {"f": FILE | {"sha256": "A" * 64}}}, "malformed"),
+        ({"files": {"f": FILE | {"more": 1}}}, "malformed"),
+        ({"step": -1}, "malformed"),
+        ({"epoch": -1}, "malformed"),
+        ({"epoch": 10**9}, "malformed"),
+        ({"world_size": 0}, "malformed"),
+        ({"run": "x" * 201}, "malformed"),
+        ({"more": "x"}, "malformed"),
+        ({"seal": "0" * 64}, "altered"),
+        ({"seal": None}, "altered"),
+    ],
+)
+def test_each_fact_of_a_marker_has_its_bounds(two: LocalStore, changes: dict[str, Any], fault: str | None) -> None:
+    """A marker is refused for what it says, before anybody looks for the files that it names."""
+    stored = two.read(MARKER)
+    assert stored is not None
+    facts = json.loads(stored.data) | changes
+    data = json.dumps(facts | {"seal": changes.get("seal", seal(facts))}).encode()
+    if fault is None:
+        assert {**parse_marker(data).model_dump(), "seal": facts["seal"]} == facts
+        return
+    with pytest.raises(ValueError, match=fault) as refused:
+        parse_marker(data)
+    assert len(str(refused.value)) < 300
+
+
 @pytest.mark.parametrize(
     "data",
     [

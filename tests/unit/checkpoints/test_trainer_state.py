@@ -17,18 +17,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerState, get_linear_schedule_with_warmup
 
-from job.checkpoints import trainer_state
+from job.checkpoints import optimizer_state, trainer_state
 from job.checkpoints.trainer_state import (
     FILES,
+    ComputationOptions,
     TrainerFiles,
+    read_computation_options,
     read_metrics,
     read_trainer_state,
+    read_validations,
     validate_trainer_state,
     write_metrics,
     write_trainer_state,
+    write_validations,
 )
 from job.errors import TrainingFailed
-from job.records import StepMetrics
+from job.records import StepMetrics, ValidationMetrics
 
 JOB = Path(trainer_state.__file__).parents[1]
 OPTIMIZERS = ("adamw_8bit", "adamw_32bit", "adamw_torch")
@@ -180,7 +184,7 @@ def test_loss_scale_is_restored(tmp_path: Path) -> None:
 # What is refused.
 
 
-@pytest.mark.parametrize("change", ["shape", "name", "missing"])
+@pytest.mark.parametrize("change", ["shape", "name", "missing", "more"])
 def test_state_of_another_model(written: Path, change: str) -> None:
     """A checkpoint that does not fit the model is refused before anything of the model has changed."""
     tensors = load_file(written / trainer_state.ADAPTER)
@@ -189,6 +193,8 @@ def test_state_of_another_model(written: Path, change: str) -> None:
         tensors["0.weight"] = weight[:1, :1].contiguous()  # would be stretched over the whole weight
     elif change == "name":
         tensors["9.weight"] = weight
+    elif change == "more":
+        tensors |= {"0.weight": weight, "9.weight": weight.clone()}
     save_file(tensors, written / trainer_state.ADAPTER)
     files = make("adamw_8bit")
     before = everything(files)
@@ -221,6 +227,37 @@ def test_optimizer_state_that_does_not_fit(written: Path, name: str, tensor: tor
     with pytest.raises(ValueError, match="optimizer's"):
         read_trainer_state(written, files)
     assert everything(files) == before
+
+
+@pytest.mark.parametrize("name", ["absmax1", "qmap2", "state1"])
+def test_optimizer_state_of_another_optimizer(tmp_path: Path, name: str) -> None:
+    """A tensor that only another optimizer has, or of its dtype, is refused where the run's own is known."""
+    files = make("adamw_8bit")
+    write_trainer_state(tmp_path / "checkpoint", files, train(files, 1))
+    kept = load_file(tmp_path / "checkpoint" / trainer_state.OPTIMIZER)
+    path = tmp_path / "checkpoint" / trainer_state.OPTIMIZER
+    save_file({place: tensor for place, tensor in kept.items() if place.endswith(name)}, path)
+    before = everything(files)
+    with pytest.raises(ValueError, match=f"{name} belongs to no known optimizer"):
+        read_trainer_state(tmp_path / "checkpoint", replace(files, optimizer_name="adamw_torch"))
+    assert everything(files) == before
+
+
+@pytest.mark.parametrize("place", ["4/state1", "9/qmap1", "0/unknown"])
+def test_optimizer_state_without_a_parameter(place: str) -> None:
+    """The number of a tensor is that of a parameter that there is, and its name that of a known optimizer."""
+    plain = {"param_groups": [{"params": [0, 1, 2, 3]}]}
+    with pytest.raises(ValueError, match=f"{place} belongs to no known optimizer"):
+        optimizer_state.check_fit({place: torch.zeros(256)}, plain, [(64,)] * 4)
+
+
+@pytest.mark.parametrize("place", ["0", "x/state1", "1/state1", "0/state2", "0/state1/deeper", "0/lr"])
+def test_places_of_the_optimizers_tensors(place: str) -> None:
+    """Each is in the state of a parameter, in a place that was left for it; joined, nothing else is replaced."""
+    state = {"0": {"state1": None, "lr": 0.1}, "x": {"state1": None}}
+    optimizer_state.check_places(["0/state1"], {"state": state, "tensors": ["0/state1"]})
+    with pytest.raises(ValueError, match=f"tensor {place} is not part of its state"):
+        optimizer_state.check_places([place], {"state": state, "tensors": [place]})
 
 
 @pytest.mark.parametrize("order", [[1, 0, 2, 3], [0, 1, 2], [0, 1, 2, 3, 4], [0, 0, 2, 3]])
@@ -342,6 +379,15 @@ COMPUTED = {"forward": "peft", "tile_tokens": 8192, "processes": 2, "padded": [[
         ({"padded": [[512, 8], [-640, 16]]}, "shapes"),
         ({"padded": [[512, 0]]}, "shapes"),
         ({"padded": [[512, 8]] * 2}, "shapes"),
+        ({"padded": [[640, 16], [512, 8]]}, "shapes"),
+        ({"padded": [[0, 1]]}, "shapes"),
+        ({"padded": [[512, 576]]}, None),
+        ({"padded": [[512, 577]]}, "shapes"),
+        ({"padded": [[2**24, 8]], "tile_tokens": 2**24, "divided_above": 1}, None),
+        ({"padded": [[2**24 + 1, 8]]}, "shapes"),
+        ({"tile_tokens": 2**24 + 1}, "tile_tokens"),
+        ({"divided_above": 0}, "divided_above"),
+        ({"processes": 1_000_001}, "processes"),
         ({"padded": [[512]]}, "cannot be read"),
         ({"padded": [512, 8]}, "cannot be read"),
         ({"padded": {"512": 8}}, "cannot be read"),
@@ -367,7 +413,7 @@ def test_what_decides_the_last_bits_is_checked(written: Path, change: dict[str, 
     assert len(str(caught.value)) < 500
 
 
-@pytest.mark.parametrize("budget", [0, -512, math.inf, math.nan, "absent"])
+@pytest.mark.parametrize("budget", [0, 0.5, -512, math.inf, math.nan, "absent"])
 def test_the_budget_is_checked(written: Path, budget: Any) -> None:
     """The token budget of the last step, with which a resumed run goes on."""
     history = read_metrics(written / trainer_state.METRICS)
@@ -391,6 +437,107 @@ def test_metrics_with_an_unknown_field(written: Path) -> None:
     path.write_text(path.read_text().replace('"loss"', '"more": 1, "loss"', 1))
     with pytest.raises(ValueError, match="unknown"):
         validate_trainer_state(written, 3)
+
+
+def validations(*steps: int, budget: Any = 512) -> list[ValidationMetrics]:
+    """A validation after each of the steps."""
+    return [ValidationMetrics(step, step / 7, 0.5, 2, 15, {"micro_batch_tokens": budget}) for step in steps]
+
+
+def test_validations_come_back(written: Path) -> None:
+    """All of them, and every bit of the best adapter; None where that is the checkpoint's own."""
+    with pytest.raises(ValueError, match="has no validations"):
+        read_validations(written)
+    write_validations(written, validations(0, 2))
+    validate_trainer_state(written, 3)
+    assert read_validations(written) == (validations(0, 2), None)
+    best = {name: tensor + 1 for name, tensor in load_file(written / trainer_state.ADAPTER).items()}
+    write_validations(written, validations(0, 3), best)
+    validate_trainer_state(written, 3)
+    found, adapter = read_validations(written)
+    assert (found, bits(adapter)) == (validations(0, 3), bits(best))
+
+
+@pytest.mark.parametrize(
+    ("made", "fault"),
+    [
+        (validations(), "do not rise"),
+        (validations(2, 0), "do not rise"),
+        (validations(0, 2, 2), "do not rise"),
+        (validations(0, 4), "go beyond 3"),
+        (validations(-1, 2), "do not rise"),
+        (validations(0, 2, budget=0), "validation.jsonl has no micro_batch_tokens"),
+    ],
+)
+def test_validations_are_checked(written: Path, made: list[ValidationMetrics], fault: str) -> None:
+    """None, in another order, of steps that are still to come, or without a token budget to go on with."""
+    write_validations(written, made)
+    with pytest.raises(ValueError, match=fault):
+        validate_trainer_state(written, 3)
+
+
+@pytest.mark.parametrize("change", ["shape", "dtype", "name", "missing", "cut"])
+def test_the_best_adapter_fits_the_checkpoints_own(written: Path, change: str) -> None:
+    """It would be published in its place, or loaded into the model after the last step."""
+    best = load_file(written / trainer_state.ADAPTER)
+    bias = best.pop("0.bias")
+    other = {"shape": {"0.bias": bias[:1]}, "dtype": {"0.bias": bias.half()}, "name": {"2.bias": bias}}
+    write_validations(written, validations(0, 2), best | other.get(change, {}))
+    if change == "cut":
+        write_validations(written, validations(0, 2), best | {"0.bias": bias})
+        (written / trainer_state.BEST).write_bytes((written / trainer_state.BEST).read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"best\.safetensors"):
+        validate_trainer_state(written, 3)
+
+
+@pytest.mark.parametrize("data", [b"", b"no tensors"])
+def test_the_state_of_adaloras_allocator_is_tensors(written: Path, data: bytes) -> None:
+    """A file of that name, which only checkpoints of such adapters have, can be read."""
+    save_file({"x": torch.zeros(1)}, written / trainer_state.ADALORA)
+    validate_trainer_state(written, 3)
+    (written / trainer_state.ADALORA).write_bytes(data)
+    with pytest.raises(ValueError, match=r"adalora\.safetensors is not a safetensors file"):
+        validate_trainer_state(written, 3)
+
+
+@pytest.mark.parametrize("computed", [None, ComputationOptions("peft", 8192, 2, [(512, 8)], 9)])
+def test_how_gradients_were_computed_comes_back(tmp_path: Path, computed: ComputationOptions | None) -> None:
+    """A resumed run computes by it; without it an older version wrote the checkpoint."""
+    files = make("adamw_torch")
+    write_trainer_state(tmp_path / "step", files, train(files, 1), computed)
+    assert read_computation_options(tmp_path / "step") == computed
+
+
+def test_rewards_of_preferences_come_back(tmp_path: Path) -> None:
+    """Steps on preferences keep their rewards, which the report shows; others have no such field in their line."""
+    history = [metrics(1), replace(metrics(2), preference={"rewards/margins": 0.5})]
+    write_metrics(tmp_path / "metrics.jsonl", history)
+    assert read_metrics(tmp_path / "metrics.jsonl") == history
+    assert ["preference" in line for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [False, True]
+
+
+def test_a_checkpoint_without_a_loss_scale_keeps_the_trainers(tmp_path: Path) -> None:
+    """One that was written in bf16 is restored in fp16: the scale is as it was made."""
+    files = make("adamw_torch")
+    write_trainer_state(tmp_path / "step", files, train(files, 1))
+    loaded: list[Any] = []
+    read_trainer_state(tmp_path / "step", make("adamw_torch", scaler=SimpleNamespace(load_state_dict=loaded.append)))
+    assert loaded == []
+
+
+def test_tensors_that_are_not_contiguous_are_stored(tmp_path: Path) -> None:
+    """Weights and optimizer state of a transposed matrix come back as they are."""
+    files = make("adamw_torch")
+    with torch.no_grad():
+        files.model[0].weight = torch.nn.Parameter(torch.randn(128, 64).t())
+    optimizer = torch.optim.AdamW(files.model[:2].parameters(), lr=1e-2)
+    files = replace(files, optimizer=optimizer, scheduler=get_linear_schedule_with_warmup(optimizer, 2, 20))
+    history = train(files, 1)
+    assert not files.model[0].weight.is_contiguous()
+    write_trainer_state(tmp_path / "step", files, history)
+    other = make("adamw_torch")
+    read_trainer_state(tmp_path / "step", other)
+    assert everything(other) == everything(files)
 
 
 def test_step_is_that_of_the_marker(written: Path) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
 
+from job.cli import promote as promote_module
 from job.cli.compare import compare_command
 from job.cli.promote import promote_command
 from job.cli.report import report_command
@@ -21,8 +24,10 @@ from job.errors import GateError, JobError, Replaced, SettingsError, Verificatio
 from job.results import promotion
 from job.results.promotion import KIND, MOST, PointerMoved, Promoted, pointer_location, promote, read_pointer
 from job.results.reader import open_run, read_published
+from job.storage.base import MAX_READ_BYTES
 from job.storage.local import LocalStore
 from job.storage.location import StorageOptions
+from job.verification.differences import CheckResult
 from tests.published_run import forge, pairs, publish_run
 from tests.s3_server import BUCKET, credentials, moto_server
 
@@ -224,7 +229,19 @@ def test_an_altered_pointer(made: Path, tmp_path: Path, change: Callable[[bytes]
             command()
 
 
-@pytest.mark.parametrize("changes", [{"previous": 3}, {"rolled_back": None}, {"previous": [{}]}, {"kind": [KIND]}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"previous": 3},
+        {"rolled_back": None},
+        {"previous": [{}]},
+        {"kind": [KIND]},
+        {"kind": f"{KIND}0"},
+        {"write": 3},
+        {"more": "x"},
+        {"run": None},
+    ],
+)
 def test_a_pointer_of_another_form(made: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     """Anybody can write a seal: what is sealed may still be no pointer."""
     to = tmp_path / "current"
@@ -244,13 +261,136 @@ def test_commands_take_a_pointer(made: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_history_is_bounded(tmp_path: Path) -> None:
-    """The newest hundred entries are kept: the file stays small however often it is moved."""
+    """The newest hundred entries of both lists are kept: the file stays small however often it is moved."""
     place = pointer_location(str(tmp_path / "current"), StorageOptions())
-    run = Promoted("/runs/a", "a", "0" * 64, "1" * 64, "2026-01-01T00:00:00Z")
-    promotion._write(place, promotion.Pointer(run, (run,) * (MOST + 5)), None)
+    runs = tuple(Promoted("/runs/a", f"run-{n}", "0" * 64, "1" * 64, "2026-01-01T00:00:00Z") for n in range(MOST + 5))
+    promotion._write(place, promotion.Pointer(runs[0], runs, runs[::-1]), None)
     found, _ = read_pointer(place)
     assert found is not None
-    assert len(found.previous) == MOST
+    assert [run.run_id for run in found.previous] == [f"run-{n}" for n in range(5, MOST + 5)]
+    assert [run.run_id for run in found.rolled_back] == [f"run-{n}" for n in range(MOST - 1, -1, -1)]
+
+
+def test_the_adapter_in_the_pointer_is_the_published_one(made: Path, tmp_path: Path) -> None:
+    """Its hash is that of the weights, so that whoever serves the model can compare; a run without any is refused."""
+    to = str(tmp_path / "current")
+    promote_command([str(made / "a"), "--to", to])
+    weights = (made / "a/artifacts/adapter/adapter_model.safetensors").read_bytes()
+    assert pointer(to, []).current.adapter_sha256 == hashlib.sha256(weights).hexdigest()
+    run = read_published(open_run(str(made / "a")))
+    others = [artifact for artifact in run.results["artifacts"] if "adapter_model" not in artifact["path"]]
+    with pytest.raises(VerificationError, match=r"lists no artifacts/adapter/adapter_model\.safetensors"):
+        promote(
+            pointer_location(f"{to}-2", StorageOptions()), replace(run, results=run.results | {"artifacts": others})
+        )
+    assert not Path(f"{to}-2").exists()
+
+
+def repeat(run: Path) -> None:
+    """Changes what another attempt at the same run might: the manifest differs, and the run still verifies."""
+    forge(run, lambda results: results["hardware"].update(cpu="another"))
+
+
+def test_each_move_is_remembered(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every target before, also the same folder with another run in it, or the same run in another folder."""
+    runs, to = Path(shutil.copytree(made, tmp_path / "runs")), str(tmp_path / "current")
+    shutil.copytree(runs / "a", runs / "copy")
+    for name in ("a", "copy", "b"):
+        promote_command([str(runs / name), "--to", to])
+    assert f"before it pointed to {runs / 'copy'} (adapter " in capsys.readouterr().out
+    old = pointer(to, []).current.manifest_seal
+    repeat(runs / "b")
+    promote_command([str(runs / "b"), "--to", to])
+    found = pointer(to, [])
+    assert [Path(one.run).name for one in found.previous] == ["a", "copy", "b"]
+    assert found.previous[-1].manifest_seal == old != found.current.manifest_seal
+    with pytest.raises(VerificationError, match="replaced by another run"):  # the one before is overwritten
+        promote_command(["--rollback", "--to", to])
+
+
+def test_rolled_back_runs_are_remembered(made: Path, tmp_path: Path) -> None:
+    """In their order, and also after the next promotion."""
+    to = str(tmp_path / "current")
+    runs = Path(shutil.copytree(made, tmp_path / "runs"))
+    shutil.copytree(runs / "a", runs / "first")
+    for name in ("first", "a", "b"):
+        promote_command([str(runs / name), "--to", to])
+    for _ in range(2):
+        promote_command(["--rollback", "--to", to])
+    promote_command([str(runs / "a"), "--to", to])
+    found = pointer(to, [])
+    assert Path(found.current.run).name == "a"
+    assert [Path(one.run).name for one in found.previous] == ["first"]
+    assert [Path(one.run).name for one in found.rolled_back] == ["b", "a"]
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_pointer_that_moved_meanwhile(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, back: bool
+) -> None:
+    """Neither a promotion nor a step back overwrites what another process wrote after it was read."""
+    to = str(tmp_path / "current")
+    place = pointer_location(to, StorageOptions())
+    runs = {name: read_published(open_run(str(made / name))) for name in ("a", "b", "free")}
+    for name in ("a", "b"):
+        promote(place, runs[name])
+    stale = read_pointer(place)
+    promote(place, runs["free"])
+    answers = iter([stale])
+    monkeypatch.setattr(promotion, "read_pointer", lambda where: next(answers, None) or read_pointer(where))
+    with pytest.raises(PointerMoved, match=rf"to {made / 'free'} "):
+        promotion.roll_back(place, StorageOptions()) if back else promote(place, runs["a"])
+    assert pointer(to, []).current.run_id == "free"
+
+
+def test_a_run_that_is_replaced_while_it_is_verified(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was verified is what the pointer names."""
+    run = Path(shutil.copytree(made / "a", tmp_path / "a"))
+
+    def verified(*_args: object, **_options: object) -> list[CheckResult]:
+        repeat(run)
+        return []
+
+    monkeypatch.setattr(promote_module, "verify", verified)
+    with pytest.raises(VerificationError, match="was replaced while it was verified"):
+        promote_command([str(run), "--to", str(tmp_path / "current")])
+    assert not (tmp_path / "current").exists()
+
+
+def test_a_folder_of_this_machine_in_a_shared_place_is_told(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other machines that follow the pointer may not reach it."""
+    said = "other machines may not reach"
+    promote_command([str(made / "a"), "--to", str(tmp_path / "current")])
+    assert said not in capsys.readouterr().err
+    monkeypatch.setattr(promote_module, "is_remote", lambda uri: uri == str(tmp_path))
+    promote_command([str(made / "b"), "--to", str(tmp_path / "current")])
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["s3://bucket", "s3://bucket/", "folder/", "s3://bucket/a\nb"])
+def test_pointers_that_have_no_place(where: str) -> None:
+    """The root of a bucket, a folder, and a name that no store takes; found without a request."""
+    with pytest.raises(SettingsError, match=r"is a folder|key"):
+        pointer_location(where, StorageOptions())
+
+
+def test_what_is_no_pointer_and_no_run(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that neither is, by whatever size; the manifest of a run is taken for the run, also by its name alone."""
+    (tmp_path / "file").write_text("mine")
+    with (tmp_path / "huge").open("wb") as huge:
+        huge.truncate(MAX_READ_BYTES + 1)
+    for name in ("file", "huge"):
+        with pytest.raises(SettingsError, match=r"neither results\.json nor a pointer"):
+            verify_command([str(tmp_path / name)])
+    with pytest.raises(SettingsError, match="too large for a pointer"):
+        promote_command([str(made / "a"), "--to", str(tmp_path / "huge")])
+    monkeypatch.chdir(made / "a")
+    assert verify_command(["results.json"]) == 0
+    assert verify_command([str(made / "a/results.json")]) == 0
 
 
 @pytest.mark.parametrize(

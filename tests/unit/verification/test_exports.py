@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,27 @@ from job.results import manifest
 from job.results.delivery import deliver
 from job.results.summary import summary
 from job.storage.local import LocalStore
+from job.verification.check_exports import _gguf_file
+from job.verification.check_exports import _quantized as _quantized_by
+from job.verification.differences import find_differences
 from job.verification.verify import verify
-from tests.published_run import forge, pairs, publish_run, rewrite
+from tests.published_run import forge, pairs, publish_file, publish_run, rewrite
 
 BETTER = {"original": [True] * 20, "dequantized": [True] * 19 + [False]}
 ALIKE = {"original": [False] * 10 + [True] * 10, "dequantized": [True] * 10 + [False] * 10}
 FOLDER = "artifacts/export/merged"
+QUANTIZATION = {
+    "method": "compressed-tensors",
+    "scheme": "W4A16",
+    "bits": 4,
+    "group_size": 128,
+    "activations": "16 bit",
+    "library": "auto-round",
+    "version": "0.16.1",
+    "layers": 14,
+    "kept": ["lm_head"],
+    "calibration": {"rows": 16, "tokens": 99, "rows_sha256": "0" * 64, "examples_sha256": "1" * 64},
+}
 
 
 def published(tmp_path: Path, candidates: dict[str, list[bool]], *settings: str) -> Path:
@@ -29,11 +45,12 @@ def published(tmp_path: Path, candidates: dict[str, list[bool]], *settings: str)
     return publish_run(tmp_path / "run", {"arc": pairs(20, improved=10)}, exported=candidates, settings=settings)
 
 
-def wrong(folder: Path) -> list[str]:
-    """What differs, by the place."""
+def wrong(folder: Path, what: str | None = None) -> list[str]:
+    """What differs, by the place; with `what` by that check alone, although another one may find it, too."""
     work = folder.parent / "verified"
     work.mkdir(exist_ok=True)
-    return [difference.where for check in verify(LocalStore(folder), work) for difference in check.differences]
+    checks = [check for check in verify(LocalStore(folder), work) if what in {None, check.what}]
+    return [difference.where for check in checks for difference in check.differences]
 
 
 def results_of(folder: Path) -> dict[str, Any]:
@@ -120,6 +137,94 @@ def test_a_changed_answer_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"reason": "it is smaller"}, "results.json exports[0].reason"),
+        ({"tasks_not_scored": ["chat"]}, "results.json exports[0].tasks_not_scored"),
+        ({"candidates": {"original": {}, "dequantized": {}}}, "results.json exports[0].candidates.original"),
+        ({"quantization": QUANTIZATION}, "results.json exports[0].quantization.calibration.rows_sha256"),
+    ],
+)
+def test_claims_of_an_export_are_checked(tmp_path: Path, change: dict[str, Any], where: str) -> None:
+    """Why it was chosen, what was not scored, figures that are missing, and the rows of the calibration."""
+    folder = published(tmp_path, BETTER)
+    forge(folder, lambda results: results["exports"][0].update(change))
+    assert any(one.startswith(where) for one in wrong(folder, "exports"))
+
+
+def test_figures_are_checked_although_nothing_is_said_to_be_scored(tmp_path: Path) -> None:
+    """A reason why a format was not scored does not let its false figures pass."""
+    folder = published(tmp_path, BETTER)
+    forge(folder, lambda results: results["exports"][0].update(not_scored="no reader"))
+    forge(folder, _other_figure)
+    assert "results.json exports[0].candidates.original.arc.scores.acc" in wrong(folder, "exports")
+
+
+def test_the_candidate_is_one_of_those_made(tmp_path: Path) -> None:
+    """Also where there is one only, and so no choice to compute again."""
+    folder = published(tmp_path, {"original": [True] * 20})
+    forge(folder, lambda results: results["exports"][0].update(candidate="dequantized"))
+    assert "results.json exports[0].candidate" in wrong(folder, "exports")
+
+
+def add(folder: Path, path: str, data: bytes) -> None:
+    """Adds a file to the artifacts."""
+    artifact = publish_file(LocalStore(folder), path, data)
+    forge(folder, lambda results: results["artifacts"].append(asdict(artifact)))
+
+
+def test_files_of_no_format_are_found(tmp_path: Path) -> None:
+    """A listed file in the folder of a format that the manifest does not have."""
+    folder = published(tmp_path, BETTER)
+    add(folder, "artifacts/export/merged-2/model.safetensors", b"x")
+    assert "artifacts/export/merged-2/model.safetensors" in wrong(folder)
+
+
+@pytest.mark.parametrize(
+    ("weights", "where"),
+    [
+        ({"model.q_proj.weight": "model-2.safetensors"}, f"{FOLDER}/model-2.safetensors"),
+        ({"model.q_proj.weight": "model.safetensors", "lm_head.weight": "model.safetensors"}, f"{FOLDER}/"),
+        ({}, f"{FOLDER}/"),
+    ],
+    ids=["file", "tensor", "none"],
+)
+def test_an_index_names_what_is_there(tmp_path: Path, weights: dict[str, str], where: str) -> None:
+    """Weights in a file that is missing, or a tensor that no file has: the model could not be loaded."""
+    folder = published(tmp_path, BETTER)
+    add(folder, f"{FOLDER}/model.safetensors.index.json", json.dumps({"weight_map": weights}).encode())
+    assert (where in wrong(folder)) is bool(weights)
+
+
+@pytest.mark.parametrize(
+    ("change", "different"),
+    [
+        ({}, []),
+        ({"bits": 8}, ["x bits"]),
+        ({"group_size": 64}, ["x group_size"]),
+        ({"kept": []}, ["x kept"]),
+        ({"method": "gptq"}, ["x method"]),
+    ],
+)
+def test_quantization_is_that_of_the_configuration(change: dict[str, Any], different: list[str]) -> None:
+    """Method, bits, group and what is not quantized, as vLLM reads them; there is one group of layers."""
+    group = {"weights": {"num_bits": 4, "group_size": 128}}
+    config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
+    claimed, found = _quantized_by({**QUANTIZATION, **change}, {"quantization_config": config})
+    assert [one.where for one in find_differences("x", claimed, found)] == different
+    two = config | {"config_groups": {"group_0": group, "group_1": group}}
+    assert list(find_differences("x", *_quantized_by(QUANTIZATION, {"quantization_config": two})))
+
+
+@pytest.mark.parametrize("files", [[], ["a.gguf", "b.gguf"]])
+def test_a_gguf_format_is_one_file(tmp_path: Path, files: list[str]) -> None:
+    """None, or two of which nobody knows which is the model."""
+    copies = {f"artifacts/export/gguf-q8_0/{name}": tmp_path / name for name in [*files, "README.md"]}
+    (difference,) = _gguf_file({"format": "gguf:q8_0"}, copies)
+    assert (difference.claimed, difference.found) == ("one file", str(len(files)))
+
+
+@pytest.mark.parametrize(
     ("name", "data"),
     [
         ("config.json", b'{"dtype": "float16", "quantization_config": {}}'),
@@ -164,20 +269,6 @@ def test_it_is_shown_and_delivered(tmp_path: Path) -> None:
     assert (tmp_path / "model/merged/model.safetensors").exists()
 
 
-QUANTIZATION = {
-    "method": "compressed-tensors",
-    "scheme": "W4A16",
-    "bits": 4,
-    "group_size": 128,
-    "activations": "16 bit",
-    "library": "auto-round",
-    "version": "0.16.1",
-    "layers": 14,
-    "kept": ["lm_head"],
-    "calibration": {"rows": 16, "tokens": 99, "rows_sha256": "0" * 64, "examples_sha256": "1" * 64},
-}
-
-
 def test_a_quantized_format_is_shown(tmp_path: Path) -> None:
     """Report, card and summary tell scheme, bytes, what is not quantized, calibration, and what was not scored."""
     folder = published(tmp_path, BETTER)
@@ -220,3 +311,14 @@ def test_a_claim_about_the_files_is_checked(tmp_path: Path, change: Callable[[di
     folder = published(tmp_path, BETTER)
     forge(folder, change)
     assert any("exports" in where or where.startswith(FOLDER) for where in wrong(folder))
+
+
+@pytest.mark.parametrize("side", ["merged-original", "original"])
+def test_answers_in_another_order_are_found(tmp_path: Path, side: str) -> None:
+    """Answers of an export, or of the unquantized base that it is compared with: a difference, not the end of it."""
+    exported, original = {"original": [True] * 19 + [False]}, {"arc": [True] * 15 + [False] * 5}
+    run = publish_run(tmp_path / "run", {"arc": pairs(20, improved=10)}, exported=exported, original=original)
+    path = f"artifacts/evaluation/arc.{side}.jsonl"
+    first, second, *rest = (run / path).read_bytes().splitlines(keepends=True)
+    rewrite(run, path, b"".join([second, first, *rest]))
+    assert f"{path} line 1" in wrong(run)

@@ -16,6 +16,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
+from job.cli.promote import promote_command
 from job.cli.push import push_command
 from job.cli.serve_check import serve_check_command
 from job.cli.verify import verify_command
@@ -105,6 +106,10 @@ def test_what_hands_a_run_on_takes_the_key_too(
     """Push and serve-check refuse a run that the key did not sign, before they do anything else."""
     with pytest.raises(VerificationError, match="key"):
         command([str(made), "--key", keys["other"][1]])
+    to = str(made.parent / "current")
+    with pytest.raises(VerificationError, match="key"):
+        promote_command([str(made), "--key", keys["other"][1], "--to", to, "--without-gate"])
+    assert not Path(to).exists()
     with pytest.raises(SettingsError) as refused:  # what comes next is asked for
         command([str(made), "--key", keys["signer"][1], *(["--served=none"] if command is serve_check_command else [])])
     assert "key" not in str(refused.value)

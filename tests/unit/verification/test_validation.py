@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from job.common.hashing import sealed, unsealed
 from job.results.manifest import validate
 from job.results.reader import open_run
 from job.verification.verify import verify
@@ -89,6 +91,26 @@ def test_checkpoints_hold_the_same_validations(run: Path, tmp_path: Path) -> Non
     """A published loss that is another than that in the checkpoints is named."""
     edit(run, lambda lines: lines[0].update(loss=4.5))
     assert "the first validations in artifacts/validation.jsonl" in failed(run, tmp_path)["checkpoints"]
+    edit(run, lambda lines: (lines[0].update(loss=4.0), lines[2].update(loss=3.25)))
+    said = failed(run, tmp_path)["checkpoints"]
+    assert "step-00000004/0001/validation.jsonl: claimed the first validations" in said
+    assert "step-00000002/0001/validation.jsonl" not in said
+
+
+def test_validations_of_a_checkpoint_that_cannot_be_read(run: Path, tmp_path: Path) -> None:
+    """Bytes for which the marker vouches need not be validations."""
+    path, marker = "checkpoints/step-00000004/0001/validation.jsonl", "checkpoints/step-00000004/COMMITTED.json"
+    (run / path).write_bytes(b"[]\n")
+    facts = unsealed((run / marker).read_bytes())
+    facts["files"]["validation.jsonl"] = {"bytes": 3, "sha256": hashlib.sha256(b"[]\n").hexdigest()}
+    rewrite(run, marker, sealed(facts))
+    assert f"{path}: claimed the first validations" in failed(run, tmp_path)["checkpoints"]
+
+
+def test_target_tokens_are_those_of_the_validation_rows(run: Path, tmp_path: Path) -> None:
+    """As many rows as there are, but a loss over another number of tokens."""
+    edit(run, lambda lines: lines[1].update(target_tokens=16))
+    assert "all validation rows in each validation" in failed(run, tmp_path)["validation"]
 
 
 def test_the_kept_adapter_is_that_of_the_best_step(run: Path, tmp_path: Path) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from job.errors import AccessDenied, SettingsError, VerificationError
 from job.evaluation import near_ties
 from job.evaluation.groups import compare_groups
 from job.evaluation.policy_verdict import sentence
-from job.records import Evaluated, GroupSpec
+from job.records import AdapterRecord, AuditRecord, Evaluated, GroupSpec
 from job.report.report import read_report_data, render_report
 from job.results import manifest
 from job.results.reader import open_run
@@ -29,11 +30,12 @@ from job.runs.stage_records import parse
 from job.storage.local import LocalStore
 from job.verification.differences import CheckResult
 from job.verification.verify import as_json, as_lines, require_verified, verify
-from tests.published_run import forge, pairs, publish_run, rewrite
+from tests.published_run import forge, pairs, publish_file, publish_run, rewrite
 
 ADAPTER = "artifacts/adapter/adapter_model.safetensors"
 TASK = "artifacts/evaluation/quiz.adapter.jsonl"
 MARKER = "checkpoints/step-00000004/COMMITTED.json"
+CHECKPOINT = "checkpoints/step-00000004/0002"
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +159,8 @@ def change(place: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("evaluation/tasks/quiz/acc_norm/delta", 0.9, "evaluation"),
         ("gate/passed", True, "gate"),
         ("gate/min_delta", 0.1, "gate"),
+        ("gate/metric", "acc_norm", "gate"),
+        ("gate/max_regression", 0.5, "gate"),
         ("training/steps", 5, "training"),
         ("training/examples", 17, "training"),
         ("training/target_tokens", 171, "training"),
@@ -175,6 +179,11 @@ def change(place: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("run/attempts/1/energy_joules", 1e6, "attempts"),
         ("settings/train.learning_rate/value", 1.0, "settings"),
         ("settings/train.epochs/value", 3, "training"),
+        ("settings/train.epochs/value", 1, "training"),
+        ("settings/train.max_steps/value", 3, "training"),
+        ("settings/train.global_batch_size/value", 0, "training"),
+        ("training/steps", 3, "checkpoints"),
+        ("evaluation/tasks/quiz/delta", 0.5, "stages"),
         ("dataset/sha256", "0" * 64, "stages"),
         ("dataset/licences", {"rows.jsonl": "mit"}, "stages"),
         ("model/licence", "mit", "stages"),
@@ -264,6 +273,22 @@ def test_questions_have_to_be_the_same_on_both_sides(run: Path, check: Checker) 
     rows = records(run)
     put(run, [rows[1], rows[0], *rows[2:]])
     assert 'quiz.base.jsonl line 1: claimed question "quiz-1" as the adapter was asked' in told(check())
+
+
+@pytest.mark.parametrize("key", ["id", "doc_hash", "prompt_hash", "target_hash"])
+def test_each_question_is_the_bases(run: Path, check: Checker, key: str) -> None:
+    """Another id, row, prompt or right answer on one side is another question, whatever else is alike."""
+    rows = records(run)
+    rows[6][key] = "quiz-99" if key == "id" else "1" * 64
+    put(run, rows)
+    assert "quiz.base.jsonl line 7: claimed question" in told({"evaluation": check()["evaluation"]})
+
+
+@pytest.mark.parametrize("path", [ADAPTER, TASK, "artifacts/evaluation/riddles.base.jsonl", "artifacts/metrics.jsonl"])
+def test_files_are_those_of_the_stages(run: Path, check: Checker, path: str) -> None:
+    """A file that was exchanged with all its hashes in the manifest still has another hash in its stage's record."""
+    rewrite(run, path, b" " + (run / path).read_bytes())
+    assert "results.json artifacts.sha256" in told({"stages": check()["stages"]})
 
 
 def test_answers_that_are_missing(run: Path, check: Checker) -> None:
@@ -386,6 +411,27 @@ def test_no_attempt_can_be_left_out(run: Path, check: Checker) -> None:
     assert "results.json run.attempts: claimed all attempts, found one more in attempts/0001.json" in told(check())
 
 
+def test_the_last_record_is_no_older_than_the_manifest(run: Path, check: Checker) -> None:
+    """An attempt that ended wrote its record after the manifest: less time or energy in it cannot be."""
+    reseal(run, attempt_key(2), seconds=60.0)
+    assert f"{attempt_key(2)} seconds: claimed 60.0, found at least 60.5 by results.json" in told(check())
+    reseal(run, attempt_key(2), seconds=60.5, energy_joules=8999.0)
+    assert f"{attempt_key(2)} energy_joules" in told(check())
+
+
+def test_the_record_of_a_later_attempt_is_one(run: Path, check: Checker) -> None:
+    """Also of an attempt that had nothing to do any more: whatever else lies there is named."""
+    reseal(run, "lease.json", epoch=3)
+    (run / attempt_key(3)).write_bytes(b"{}")
+    assert f"{attempt_key(3)}: claimed a record of the job" in told({"attempts": check()["attempts"]})
+
+
+def test_an_earlier_versions_count_of_repeated_steps_is_checked(run: Path, check: Checker) -> None:
+    """It added up what the attempts recorded, which was none here."""
+    forge(run, lambda results: (results["cost"].pop("repeated_steps_exact"), results["cost"].update(repeated_steps=5)))
+    assert "results.json cost.repeated_steps: claimed 5, found 0" in told(check())
+
+
 def remark(run: Path, marker: str = MARKER, **changes: Any) -> None:
     """Changes a marker, with its seal and its hash in the manifest."""
     facts = unsealed((run / marker).read_bytes())
@@ -480,6 +526,113 @@ def test_checkpoints_know_the_published_steps(run: Path, check: Checker) -> None
     lines[0]["loss"] = 0.5
     rewrite(run, path, "".join(json.dumps(line) + "\n" for line in lines).encode())
     assert "metrics.jsonl line 1: claimed step 1 as in artifacts/metrics.jsonl" in told(check())
+
+
+def rewrite_in_checkpoint(run: Path, name: str, data: bytes) -> None:
+    """Replaces a file of the last checkpoint, with its size and hash in the marker."""
+    (run / CHECKPOINT / name).write_bytes(data)
+    files = unsealed((run / MARKER).read_bytes())["files"]
+    remark(run, files=files | {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}})
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda lines: lines[:3], "claimed the metrics of 4 steps, found 3 steps"),
+        (lambda lines: [*lines[:3], b"[]\n"], "claimed the metrics of one step on each line, found something else"),
+        (lambda lines: [lines[0], lines[2], lines[1], lines[3]], "line 2: claimed step 2 as in artifacts/metrics"),
+    ],
+)
+def test_metrics_of_a_checkpoint(
+    run: Path, check: Checker, change: Callable[[list[bytes]], list[bytes]], expected: str
+) -> None:
+    """Its marker vouches for a file that lacks a step, is no JSON lines, or has the steps in another order."""
+    lines = (run / CHECKPOINT / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    rewrite_in_checkpoint(run, "metrics.jsonl", b"".join(change(lines)))
+    assert f"{CHECKPOINT}/metrics.jsonl" in told(check())
+    assert expected in told({"checkpoints": check()["checkpoints"]})
+
+
+def test_a_step_that_is_missing_in_the_metrics(run: Path, check: Checker) -> None:
+    """As many lines as steps, but one of them is a step that was not trained."""
+    path = "artifacts/metrics.jsonl"
+    rewrite(run, path, (run / path).read_bytes().replace(b'"step": 4', b'"step": 5'))
+    assert "claimed the steps 1, 2, 3 and so on" in told({"training": check()["training"]})
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"model.q_proj.lora_A.weight": np.full((3, 4), 4, np.float32), "more": np.zeros(1, np.float32)},
+        {"model.q_proj.lora_B.weight": np.full((3, 4), 4, np.float32)},
+        {"model.q_proj.lora_A.weight": np.full((3, 4), 4, np.float32).view(np.int32)},
+        {},
+    ],
+    ids=["one more", "another name", "another dtype", "none"],
+)
+def test_the_adapter_has_the_last_states_tensors(
+    run: Path, check: Checker, tmp_path: Path, tensors: dict[str, Any]
+) -> None:
+    """None more, none fewer, under their names and in their dtype, though every byte of the numbers is the same."""
+    save_file(tensors, tmp_path / "other")
+    rewrite(run, ADAPTER, (tmp_path / "other").read_bytes())
+    assert f"{ADAPTER}: claimed the tensors of {CHECKPOINT}/" in told({"checkpoints": check()["checkpoints"]})
+
+
+def test_the_manifest_describes_the_adapters_files(run: Path, check: Checker) -> None:
+    """One module of rank 3 with twelve numbers: another rank, kind or number in the manifest is named."""
+    config = publish_file(LocalStore(run), "artifacts/adapter/adapter_config.json", b'{"peft_type": "LORA"}')
+    claimed = AdapterRecord(
+        kind="lora", init="default", use_rslora=False, use_dora=False, modules=1, ranks=3, parameters=12
+    )
+
+    def described(adapter: AdapterRecord) -> str:
+        forge(run, lambda results: results["training"].update(adapter=asdict(adapter)))
+        return told({what: found for what, found in check().items() if what != "stages"})
+
+    forge(run, lambda results: results["artifacts"].append(asdict(config)))
+    assert described(claimed) == ""
+    for change in ({"ranks": 4}, {"kind": "adalora"}, {"parameters": 24}, {"modules_to_save": ["lm_head"]}):
+        (name,) = change
+        assert described(replace(claimed, **change)).startswith(f"results.json training.adapter.{name}")
+
+
+def asked(**settings: str) -> Callable[[dict[str, Any]], None]:
+    """Settings that the run did not have."""
+    values = {name.replace("__", "."): {"value": value, "source": "default"} for name, value in settings.items()}
+    return lambda results: results["settings"].update(values)
+
+
+def audited(results: dict[str, Any]) -> None:
+    """An audit of which there are no findings."""
+    results["dataset"]["audit"] = asdict(AuditRecord(8, 0, {}, {}, 0, 0, "0" * 64, 8))
+
+
+@pytest.mark.parametrize(
+    ("forged", "what"),
+    [
+        (asked(eval__prompts="x"), "prompts"),
+        (asked(eval__principles="x"), "principles"),
+        (asked(train__method="dpo"), "preferences"),
+        (asked(train__method="sft,dpo"), "first stage"),
+        (audited, "audit"),
+    ],
+)
+def test_every_part_is_checked(run: Path, check: Checker, forged: Callable[[dict[str, Any]], None], what: str) -> None:
+    """Sample answers, a judge, preferences, a first stage, an audit: claimed, and the run has nothing of them."""
+    forge(run, forged)
+    assert what in check()
+
+
+def test_savings_follow_from_the_price_without_preemption(tmp_path: Path) -> None:
+    """121 seconds for $1.50 an hour instead of $3 save half of it, by the settings and nothing else."""
+    run = publish_run(tmp_path / "run", {"quiz": pairs(20)}, attempts=2, settings=["--cost.on_demand_usd_per_hour=3"])
+    savings = json.loads((run / "results.json").read_bytes())["cost"]["savings"]
+    assert savings["usd"] == pytest.approx(121 / 3600 * 1.5)
+    assert savings["percent"] == pytest.approx(50)
+    assert _checked(run, tmp_path / "before") == {}
+    forge(run, change("cost/savings/usd", 9.0))
+    assert "results.json cost.savings.usd: claimed 9.0" in told(_checked(run, tmp_path / "after"))
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff", b"[]", b"{}", b"[" * 10**6, b"null", b"1" * 5000])
@@ -695,3 +848,31 @@ def test_answers_by_two_rules_are_told(run: Path, check: Checker) -> None:
     path = run / "stages/evaluate-adapter.json"
     rewrite(run, "stages/evaluate-adapter.json", sealed({**unsealed(path.read_bytes()), "generation": {"sums": "00"}}))
     assert "stages/evaluate-adapter.json generation" in told(check())
+
+
+def test_a_precision_that_no_stage_recorded_is_named(run: Path, check: Checker) -> None:
+    """Scores in another precision than the stages say would be read as if they were exact."""
+    precision = {"dtype": "fp32", "sums": "fp32", "reason": "as in training"}
+    forge(run, lambda results: results["evaluation"].update(precision=precision))
+    assert "results.json evaluation.precision" in told({"stages": check()["stages"]})
+
+
+def test_answers_of_the_original_base_are_to_the_same_questions(with_original: Path, tmp_path: Path) -> None:
+    """In another order, or of fewer tasks than the other sides, they are not compared."""
+    run = Path(shutil.copytree(with_original, tmp_path / "a-run"))
+    first, second, *rest = (run / ORIGINAL).read_bytes().splitlines(keepends=True)
+    rewrite(run, ORIGINAL, b"".join([second, first, *rest]))
+    found = _checked(run, tmp_path / "swapped")
+    assert 'quiz.original.jsonl line 1: claimed question "quiz-0"' in told({"evaluation": found["evaluation"]})
+    run = Path(shutil.copytree(with_original, tmp_path / "cut"))
+    forge(run, lambda results: results["evaluation"]["full_precision"]["tasks"].clear())
+    found = _checked(run, tmp_path / "none")
+    assert "evaluation.full_precision.tasks" in told({"evaluation": found["evaluation"]})
+
+
+def test_both_sides_are_scored_in_one_precision(run: Path, check: Checker) -> None:
+    """The adapter's record names another precision than the base's: a difference, and no end of `verify`."""
+    path = "stages/evaluate-adapter.json"
+    record = unsealed((run / path).read_bytes())
+    rewrite(run, path, sealed({**record, "precision": {"dtype": "fp32", "sums": "fp32", "reason": "test"}}))
+    assert f"{path} precision" in told(check())
