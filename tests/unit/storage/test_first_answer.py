@@ -14,6 +14,8 @@ from job.cli.arguments import COMMANDS, parse_arguments
 from job.cli.main import main
 from job.cli.reading import reading
 from job.errors import Unreachable
+from job.planning.input_checks import check_other_inputs
+from job.settings.load import load_settings
 from job.storage import first_answer
 from job.storage.first_answer import answers_once, require_answers
 from job.storage.open import StorageOptions
@@ -63,6 +65,17 @@ def test_a_store_is_asked_once(silent: list[socket.socket]) -> None:
             require(f"gs://{BUCKET}/{key}")
     assert len(silent) == 2
     require_answers(["a/path"], StorageOptions())
+    assert len(silent) == 2
+
+
+def test_the_checks_of_a_plan_wait_once(silent: list[socket.socket]) -> None:
+    """What is in a store that has not answered is not checked; what a plan says of each names its place."""
+    given = load_settings(
+        [f"--lora.start=gs://{BUCKET}/a", f"--gate.baseline=gs://{BUCKET}/b", "--gate.min_delta=0"], {}
+    )
+    found = list(check_other_inputs(given, StorageOptions(), None))
+    assert [(check.name, check.state) for check in found] == [("start", "not checked"), ("baseline", "not checked")]
+    assert [check.what.partition(": ")[0] for check in found] == [f"gs://{BUCKET}/a", f"gs://{BUCKET}/b"]
     assert len(silent) == 2
 
 
