@@ -318,13 +318,17 @@ def fetch_start(uri: str, folder: Path, storage: StorageOptions) -> None:
     """Copies the adapter of JOB_LORA__START from a store.
 
     Raises:
-        DataError: It is not there.
+        SettingsError: There is nothing at the URI.
+        DataError: There are other files than an adapter's.
         NotChecked: It is too large to be fetched for a plan.
         Unreachable, AccessDenied: As the store says.
     """
     store = open_store(uri, storage)
     names = (START_CONFIG, START_WEIGHTS, START_TOKENIZER)
     sizes = {name: info.bytes for name in names for info in store.list(name) if info.key == name}
+    if not sizes and next(store.list(), None) is None:
+        what = f"{uri}: there is no such object, and nothing below it; correct the URI"
+        raise SettingsError([Problem("JOB_LORA__START", what)])
     if missing := [name for name in names[:2] if name not in sizes]:
         raise DataError([Problem("JOB_LORA__START", f"{uri} has no {' and no '.join(missing)}; correct the URI")])
     if (total := sum(sizes.values())) > MAX_START_BYTES:

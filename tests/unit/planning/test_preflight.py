@@ -184,7 +184,8 @@ def test_an_adapter_to_start_from_is_looked_at_in_a_store(
         assert start(there).state == "ok"
         found = start(there, "--lora.layers=1")
         assert (found.state, "/qlora-job-plan-" in found.what, there in found.what) == ("wrong", False, True)
-        assert start(nowhere).what.startswith(f"JOB_LORA__START: {nowhere} has no adapter_config.json")
+        assert start(nowhere).what.startswith(f"JOB_LORA__START: {nowhere}: there is no such object")
+        assert start(f"gs://{BUCKET}/a").what.startswith(f"JOB_LORA__START: gs://{BUCKET}/a has no adapter_config.json")
         monkeypatch.setattr(preflight_models, "MAX_START_BYTES", 10)
         assert start(there).state == "not checked"
         attempt: Any = SimpleNamespace(work=tmp_path / "work", check_stop=lambda: None, recorded=lambda *_: None)
