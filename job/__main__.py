@@ -6,9 +6,7 @@ import os
 import signal
 import sys
 from contextlib import suppress
-from typing import NoReturn
-
-from job.common import garbage_collection
+from typing import Any, NoReturn
 
 
 def run() -> NoReturn:
@@ -19,12 +17,11 @@ def run() -> NoReturn:
     """
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # not where the parent process ignores it
         signal.signal(signal.SIGTERM, _stopped_early)
-    garbage_collection.disable()
-    _open_closed_streams()
-    _undo_inherited_signals()
-    from job.cli.main import main
-
-    code = main()
+    sys.unraisablehook = _unraisable
+    try:
+        code = _run()
+    except KeyboardInterrupt:  # raised by Python, unless a run has its own handlers or the parent process ignores it
+        _interrupted()
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed when the process began
         try:
             stream.flush()
@@ -35,13 +32,49 @@ def run() -> NoReturn:
     os._exit(code)
 
 
-def _stopped_early(*_: object) -> NoReturn:
+def _run() -> int:
+    from job.common import garbage_collection, interrupt
+
+    interrupt.record_interrupt()
+    garbage_collection.disable()
+    _open_closed_streams()
+    _undo_inherited_signals()
+    from job.cli.main import main
+
+    return main()
+
+
+def _unraisable(what: Any) -> None:
+    """Python's hook for exceptions that have nowhere to go, such as those in a callback of an import's lock.
+
+    They are printed and forgotten; an interrupt would be, too.
+    """
+    if issubclass(what.exc_type, KeyboardInterrupt):
+        _interrupted()
+    sys.__unraisablehook__(what)
+
+
+def _interrupted() -> NoReturn:
+    """Ends a process that was interrupted (Ctrl-C) before, or between, the handlers of a run: as `_stopped_early`.
+
+    Any other command ends as the signal ends other programs: a shell shows code 130, and ends a loop around it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    command = next(iter(sys.argv[1:]), "run")
+    if command in {"run", "train", "export"} or command.startswith("-"):
+        _stopped_early(signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    os._exit(130)  # process 1 of a container, which the signal does not end
+
+
+def _stopped_early(number: int, *_: object) -> NoReturn:
     """Ends a process that is stopped before, or between, the handlers of a run: as preempted, so that it is retried.
 
     Process 1 of a container would ignore the signal, and be killed after the grace period.
     """
     with suppress(OSError):
-        os.write(2, b'{"event": "stopped by SIGTERM", "level": "error", "exit_code": 75}\n')
+        name = signal.Signals(number).name.encode()
+        os.write(2, b'{"event": "stopped by %s", "level": "error", "exit_code": 75}\n' % name)
     os._exit(75)
 
 

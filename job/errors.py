@@ -6,7 +6,7 @@
     ├── GateError               3   quality gate not met; results are published
     ├── VerificationError       4   results do not verify
     ├── DataError              65   data is wrong
-    ├── Unreachable            69   storage or hub cannot be reached after retries
+    ├── Unreachable            69   storage or hub cannot be reached after retries, or a disk is full
     ├── TrainingFailed         70   training diverged, or memory is too small for it
     ├── NoProgress             71   attempts in a row made no progress
     ├── UnfitMachine           72   this machine cannot run the job; another one may
@@ -24,14 +24,17 @@ first. The tests then name every place that needs it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 Retry = Literal["no", "yes", "yes, free", "counts against the limit"]
 
 MAX_SHOWN = 20
+_REPEATED = 3
+"""How often the same fix has to stand in the problems of an error to be said once instead."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,8 @@ class Killed(JobError):
 class _ManyProblems(JobError):
     """An error that lists all problems at once: the first `MAX_SHOWN`, and the number of all.
 
-    `total` may exceed `len(problems)`: beyond some number, problems are only counted. `advice` is a fix that all of
-    them have in common, said once at the end.
+    `total` may exceed `len(problems)`: beyond some number, problems are only counted. `advice` are the fixes that many
+    of them have in common, each said once at the end, on a line of its own.
     """
 
     def __init__(self, problems: list[Problem], total: int | None = None, advice: str = "") -> None:
@@ -84,7 +87,7 @@ class _ManyProblems(JobError):
         self.advice = advice
         lines = [str(problem) for problem in self.problems]
         if self.total > len(self.problems):
-            lines.append(f"... and {self.total - len(self.problems)} more")
+            lines.append(f"... and {self.total - len(self.problems):,} more")
         if advice:
             lines.append(advice)
         super().__init__("\n".join(lines))
@@ -121,12 +124,35 @@ class DataError(_ManyProblems):
     meaning = "data is wrong"
     retry = "no"
 
+    def __init__(self, problems: list[Problem], total: int | None = None, advice: str = "") -> None:
+        """A fix that stands in several problems is said once, at the end."""
+        shown, fixes = _without_repeated_fixes(problems[:MAX_SHOWN])
+        advice = _joined([*fixes, advice])
+        super().__init__(shown, len(problems) if total is None else total, advice)
+
+
+def _without_repeated_fixes(problems: Sequence[Problem]) -> tuple[list[Problem], list[str]]:
+    """The problems, and the fixes (what follows the last semicolon) that were taken out of them as repeated."""
+    parts = [problem.what.rpartition("; ") for problem in problems]
+    counts = Counter(fix for what, _, fix in parts if what)
+    repeated = [fix for fix, count in counts.items() if count >= _REPEATED]
+    shown = [
+        replace(problem, what=what) if what and fix in repeated else problem
+        for problem, (what, _, fix) in zip(problems, parts, strict=True)
+    ]
+    return shown, repeated
+
+
+def _joined(advice: Iterable[str]) -> str:
+    """Each line of the advice once."""
+    return "\n".join(dict.fromkeys(line for text in advice for line in text.splitlines()))
+
 
 class Unreachable(JobError):
-    """After all retries, storage or the hub did not answer, or not with a usable answer."""
+    """After all retries, storage or the hub did not answer, or not with a usable answer; or a disk is too small."""
 
     exit_code = 69
-    meaning = "storage or hub cannot be reached after retries"
+    meaning = "storage or hub cannot be reached after retries, or a disk is full"
     retry = "yes"
 
 
@@ -237,7 +263,7 @@ def combine(errors: Sequence[tuple[str, JobError]]) -> JobError:
         error if isinstance(error, _ManyProblems) else kind([Problem(name, str(error))]) for name, error in errors
     ]
     few_first = sorted(listed, key=lambda error: error.total)  # so that many bad rows hide no other problem
-    advice = "; ".join(dict.fromkeys(error.advice for error in few_first if error.advice))
+    advice = _joined(error.advice for error in few_first)
     problems = [problem for error in few_first for problem in error.problems]
     return kind(problems, sum(error.total for error in few_first), advice)
 
@@ -279,7 +305,8 @@ def named_by(setting: str, between: str = " ") -> Iterator[None]:
     try:
         yield
     except (DataError, SettingsError) as error:
-        raise type(error)([Problem(setting, f"{one.where}{between}{one.what}") for one in error.problems]) from None
+        problems = [Problem(setting, f"{one.where}{between}{one.what}") for one in error.problems]
+        raise type(error)(problems, error.total, error.advice) from None
 
 
 @contextmanager

@@ -16,8 +16,9 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from contextvars import ContextVar
+from datetime import UTC, datetime
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
@@ -32,6 +33,7 @@ QUIET = (
 )
 
 
+_STDERR = 2  # the descriptor: `sys.stderr` may be replaced by something without one
 _context: ContextVar[Mapping[str, Any]] = ContextVar("fields on every line", default=MappingProxyType({}))
 _loggers_are_set_up = True
 """Whether structlog makes its loggers as `configure` set; true also if `configure` was not called."""
@@ -134,7 +136,7 @@ def _problems_by_line(render: Processor) -> Processor:
     """The renderer, with the problems of an error below its line, one on each, and the advice for all at the end."""
 
     def rendered(logger: Any, method: str, event: EventDict) -> str:
-        below = [*event.pop("problems", ()), event.pop("advice", "")]
+        below = [*event.pop("problems", ()), *event.pop("advice", "").splitlines()]
         return "\n".join([str(render(logger, method, event)), *(f"  {line}" for line in below if line)])
 
     return rendered
@@ -179,6 +181,25 @@ def get_logger() -> BoundLogger:
         _loggers_are_set_up = True
     logger: BoundLogger = structlog.get_logger("job")
     return logger
+
+
+def write_line(event: str, **fields: Any) -> None:
+    """Writes a warning to stderr in the format of the log, by a system call: for handlers of signals.
+
+    A handler may have interrupted the log itself, which holds the buffer of `sys.stderr` then. What is written must
+    hold no secrets.
+    """
+    ours = [handler.formatter for handler in logging.root.handlers if isinstance(handler, _CurrentStderr)]
+    now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+    if any(isinstance(lines, _Lines) and not lines.as_json for lines in ours):
+        # A progress bar has hidden the cursor and stands on a line that is not ended.
+        start = "\x1b[?25h\n" if os.isatty(_STDERR) else ""
+        words = [f"{start}{now[5:19].replace('T', ' ')} [warning  ] {event}"]
+        line = " ".join([*words, *(f"{name}={value}" for name, value in fields.items())])
+    else:
+        line = json.dumps({"event": event, **_context.get(), **fields, "level": "warning", "timestamp": now})
+    with suppress(OSError):
+        os.write(_STDERR, f"{line}\n".encode(errors="backslashreplace"))
 
 
 def bind(**context: Any) -> None:

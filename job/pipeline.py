@@ -127,6 +127,7 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
     """
     from job.stages.first_values import put_first_values
     from job.stages.load import check_experts, load
+    from job.stages.output_disk import check_output_disk
 
     garbage_collection.enable()  # it was off for faster imports, and nearly all are done
     attempt.identify(sources.record)
@@ -145,10 +146,24 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
     )
     attempt.loading = False
     check_experts(attempt.recorded(BASE, CachedBase), loaded.kept_base)
+    exports = None
     if needs_merge(settings.export.formats) and sources.original is not None:
         from job.stages.export_check import check_export
 
-        check_export(attempt, settings.export, settings.gate.on, sources.original, loaded)
+        exports = check_export(attempt, settings.export, settings.gate.on, sources.original, loaded)
+    attempt.processes.share(
+        "disk of the results",
+        lambda: check_output_disk(
+            attempt,
+            loaded,
+            settings.train,
+            settings.checkpoint,
+            settings.export.formats,
+            rows=len(sources.examples),
+            trains=not trained,
+            exports=exports,
+        ),
+    )
     if attempt.processes.leads:
         _record_inputs(attempt, sources, loaded)
     pulled = attempt.stage(Stage.PULL, Pulled, lambda: sources.record)

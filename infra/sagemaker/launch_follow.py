@@ -20,7 +20,7 @@ EXIT_CODES = {
     3: ("quality gate not met (results are published)", "no"),
     4: ("results do not verify", "no"),
     65: ("data is wrong", "no"),
-    69: ("storage or hub cannot be reached after retries", "yes"),
+    69: ("storage or hub cannot be reached after retries, or a disk is full", "yes"),
     70: ("training diverged, or memory is too small for it", "no"),
     71: ("several attempts in a row made no progress", "counts against the limit"),
     72: ("this machine cannot run the job; another one may", "counts against the limit"),

@@ -401,13 +401,32 @@ def command_help(name: str, words: Sequence[str] = ()) -> str:
 
 def settings_help(words: Sequence[str]) -> str:
     """What the settings are that words after `--help` name; empty if they name none."""
-    from job.settings.help_options import add_options, find_settings
+    from job.settings.help_options import add_options, find_settings, near_groups
 
     if not (names := find_settings(words)):
         return ""
+    groups = "".join(f"`--help {group}` describes the group {group}.\n\n" for group in near_groups(words))
     parser = ArgumentParser(add_help=False, usage=SUPPRESS, formatter_class=RawDescriptionHelpFormatter)
     add_options(parser, names)
-    return parser.format_help().removeprefix("usage: ==SUPPRESS==").lstrip("\n")
+    return groups + parser.format_help().removeprefix("usage: ==SUPPRESS==").lstrip("\n")
+
+
+def words_without_help(words: Sequence[str], asked: str = "--help", commands: Sequence[str] = ()) -> str:
+    """The lines that say that words after `--help` match nothing, with the nearest names; empty without words.
+
+    The words are not repeated: one may be a secret, given as the value of a setting. `commands` are those that the
+    words could also have named.
+    """
+    from job.settings.help_options import near_groups, near_names
+
+    if not words:
+        return ""
+    groups = near_groups(words)
+    near = [f"the command {name}" for name in get_close_matches(words[0], commands, n=1)]
+    near = near or [f"the group {name}" if name in groups else name for name in near_names(words)]
+    similar = f"; similar: {', '.join(near)}" if near else ""
+    no_command = "no command, and " if commands else ""
+    return f"The words after {asked} are {no_command}in no setting's name{similar}.\n\n"
 
 
 def _command_help(name: str, command: Command, words: Sequence[str]) -> str:
@@ -438,8 +457,6 @@ def _command_help(name: str, command: Command, words: Sequence[str]) -> str:
     if takes_all:
         about = "describe settings: those of a group (train), those with a word in their names (rank), or all"
         parser.add_argument("-h", "--help", nargs="*", metavar="NAME", help=about)
-        # The words are not repeated: one may be a secret, given as the value of a setting.
-        unknown = "The words after --help are in no setting's name.\n\n" if words else ""
         listed = f"settings, as --GROUP.NAME VALUE; --help GROUP describes those of a group:\n\n{list_of_groups()}\n\n"
-        return unknown + parser.format_help().replace("examples:\n", f"{listed}examples:\n", 1)
+        return words_without_help(words) + parser.format_help().replace("examples:\n", f"{listed}examples:\n", 1)
     return parser.format_help()

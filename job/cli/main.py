@@ -8,10 +8,11 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from job import __version__, log
-from job.cli.arguments import COMMANDS, command_help, settings_help, shown_commands, usage
+from job.cli.arguments import COMMANDS, command_help, settings_help, shown_commands, usage, words_without_help
 from job.cli.error_report import report, translated
 from job.cli.library_variables import configure_azure
 from job.cli.output import print_text
+from job.common.interrupt import was_interrupted
 from job.errors import Problem, SettingsError
 from job.settings.load import current_platform, environment, secrets
 
@@ -19,7 +20,11 @@ HELP = frozenset({"-h", "--help"})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code."""
+    """Runs a command and returns its exit code.
+
+    Raises:
+        KeyboardInterrupt: By Ctrl-C, but in a run.
+    """
     argv = list(sys.argv[1:] if arguments is None else arguments)
     platform = current_platform()
     configure_azure()
@@ -28,13 +33,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log.configure(asked if asked in {"json", "console"} else "auto", "info", secrets())
     try:
         return _dispatch(argv)
-    except Exception as error:  # noqa: BLE001 - this is the one handler
+    except Exception as error:  # this is the one handler
+        if was_interrupted():  # by the time a library has turned it into an error of its own
+            raise KeyboardInterrupt from error
         return report(translated(error), platform)
 
 
 def _dispatch(argv: list[str]) -> int:
     if argv and argv[0] in {*HELP, "help"}:
-        return print_text(_help(argv[1:]))
+        return print_text(_help(argv[1:], argv[0]))
     if argv and argv[0] == "--version":
         return print_text(f"qlora-job {__version__}\n")
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
@@ -47,12 +54,15 @@ def _dispatch(argv: list[str]) -> int:
     return function_of(command)(argv)
 
 
-def _help(words: Sequence[str]) -> str:
-    """What `--help` without a command before it prints: of a command, of the settings that words name, or of all."""
+def _help(words: Sequence[str], asked: str) -> str:
+    """What `--help` without a command before it prints: of a command, of the settings that words name, or of all.
+
+    `asked` is how it was asked for: `-h`, `--help` or `help`.
+    """
     command, *others = words or [""]
     if command in shown_commands():
         return command_help(command, others)
-    return settings_help(words) or usage()
+    return settings_help(words) or words_without_help(words, asked, shown_commands()) + usage()
 
 
 def function_of(command: str) -> Callable[[Sequence[str]], int]:

@@ -86,7 +86,7 @@ def _run_here(settings: Settings, place: Place | None, faults: tuple[Fault, ...]
         idle.record_stall(message)  # last: the store may be what hangs
 
     with (
-        stop_on_signals(run.grace_seconds, partial(report_late, idle, platform)) as stop,
+        stop_on_signals(run.grace_seconds, partial(report_late, idle, platform), says_end=first) as stop,
         watch_notices(stop, run.spot_notices if first else "off"),
         watch(stall, on_stall) as report_progress,
         join(

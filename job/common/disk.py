@@ -97,6 +97,8 @@ def disk_errors(action: str) -> Iterator[None]:
         if error.errno in _REFUSED:
             raise AccessDenied(f"{action}: {error.strerror} ({error.filename})") from error
         if error.errno in _FULL:
-            said = ", ".join(filter(None, (error.strerror, error.filename)))
+            # Of a copy, the target's folder: the first file is the source, and the second one temporary.
+            full = error.filename if error.filename2 is None else Path(os.fsdecode(error.filename2)).parent
+            said = ", ".join(str(part) for part in (error.strerror, full) if part)
             raise Unreachable(f"{action}: the disk is full ({said}); free space, or give it more") from error
         raise Unreachable(f"{action}: the disk reports an error: {error}") from error

@@ -20,6 +20,14 @@ from typing import TYPE_CHECKING, Literal
 
 LEVELS = 256
 """Numbers in the map by which an 8-bit state is quantized: one for each value of a byte."""
+HIGHEST_RATE = 0.1
+"""Highest learning rate that nothing is said about.
+
+The rate is about the most by which a step changes a number of the adapter: with Adam (Kingma & Ba 2015, section 2.1),
+with Lion, whose steps are signs, and with Muon, whose steps are scaled to the size of AdamW's; AdEMAMix adds a second
+average, which may change it by several times as much. The initial numbers of LoRA's A are at most 1 / sqrt(in), such as
+0.016 for 4,096 inputs.
+"""
 _BYTES = {"torch.uint8": 1, "torch.float32": 4}
 
 Shape = Literal["parameter", "parameter_pair", "blocks", "block_pair", "levels", "scalar"]
@@ -116,6 +124,15 @@ else:
 def trainer_name(name: str) -> str:
     """The optimizer's name for `TrainingArguments`: its own, or any that transformers knows where the job makes it."""
     return "adamw_torch" if OPTIMIZERS[name].own else name
+
+
+def too_high(rate: float) -> str | None:
+    """Why a learning rate is likely a mistake with any optimizer of the table; None if it is not."""
+    if rate <= HIGHEST_RATE:
+        return None
+    return (
+        f"{rate:g} is likely a mistake: one step may change each number of the adapter by so much; the default is 2e-4"
+    )
 
 
 def substitute(name: str, device: str) -> tuple[str, str | None]:

@@ -19,6 +19,8 @@ MARGIN_BYTES = 256 * MIB
 """Disk reserve for what cannot be estimated: logs, samples of the evaluation, caches of libraries."""
 CHECKPOINTS_ON_DISK = 3
 """The one that was restored, the one that is being uploaded, the one that is being written."""
+OTHER_OUTPUT_BYTES = 32 * MIB
+"""Reserve in a run's own folder for what cannot be estimated: answers, tokenizer, report, records."""
 SHARED_MEMORY_BYTES = 1024 * MIB
 """Enough for NCCL and the data loaders of several processes; Docker's default is 64 MiB."""
 
@@ -43,6 +45,21 @@ def required_bytes(downloads: Iterable[int], checkpoint: int = 0) -> int:
     return sum(downloads) + (CHECKPOINTS_ON_DISK + 1) * checkpoint + MARGIN_BYTES
 
 
+def output_bytes(checkpoint: int, *, keep: int, saves: int, others: int = 0) -> int:
+    """Bytes that a run has at most at once in its own folder, JOB_RUN__OUTPUT.
+
+    The oldest checkpoint is deleted after the newest is complete, so one more than `keep` is there for a moment. What
+    follows training is written beside those that are kept.
+
+    Args:
+        checkpoint: Bytes of one checkpoint, see `checkpoint_bytes`.
+        keep: JOB_CHECKPOINT__KEEP.
+        saves: How many checkpoints training writes.
+        others: Bytes of all that is written after training.
+    """
+    return max(min(keep + 1, saves) * checkpoint, min(keep, saves) * checkpoint + others)
+
+
 def check_disk(folder: Path, need_bytes: int) -> None:
     """Checks that a disk has enough free space.
 
@@ -53,17 +70,47 @@ def check_disk(folder: Path, need_bytes: int) -> None:
     Raises:
         Unreachable: There is too little space, or it cannot be read. A retry may get a machine with more.
     """
+    if (free := disk_space(folder).free) < need_bytes:
+        raise Unreachable(
+            f"{folder.absolute()}: {size(free, ' ')} of disk are free and about {size(need_bytes, ' ')} are needed; "
+            "delete files there, use a machine or pod with a larger disk, or name another one by JOB_STORAGE__CACHE"
+        )
+
+
+@dataclass(frozen=True)
+class DiskSpace:
+    """The file system that a folder is on, or will be on.
+
+    Attributes:
+        device: Names the file system. Two folders with the same number and the same total share their space.
+        total: Bytes of all of it.
+        free: Bytes that are free for an ordinary user.
+        writable: Bytes that are free for this process: root may use what the file system reserves, too.
+    """
+
+    device: int
+    total: int
+    free: int
+    writable: int
+
+    def shares(self, other: DiskSpace) -> bool:
+        """Whether what is written to one folder is missing in the other. A quota of a folder shows as another total."""
+        return (self.device, self.total) == (other.device, other.total)
+
+
+def disk_space(folder: Path) -> DiskSpace:
+    """Measures the disk of a folder, which need not exist yet.
+
+    Raises:
+        Unreachable: It cannot be read.
+    """
     folder = folder.absolute()
     try:
         place = next(place for place in (folder, *folder.parents) if place.exists())
-        free = shutil.disk_usage(place).free
+        usage, device = shutil.disk_usage(place), place.stat().st_dev
     except OSError as error:
         raise Unreachable(f"{folder}: cannot find out how much disk is free: {error.strerror}") from error
-    if free < need_bytes:
-        raise Unreachable(
-            f"{folder}: {size(free, ' ')} of disk are free and about {size(need_bytes, ' ')} are needed; "
-            "delete files there, use a machine or pod with a larger disk, or name another one by JOB_STORAGE__CACHE"
-        )
+    return DiskSpace(device, usage.total, usage.free, usage.total - usage.used if os.geteuid() == 0 else usage.free)
 
 
 def check_shared_memory(processes: int, folder: Path = Path("/dev/shm")) -> bool:  # noqa: S108 - it is looked at, not written

@@ -6,12 +6,14 @@ from collections import Counter
 from typing import Literal
 
 from job.common.bad_row_reasons import by_reason
-from job.data.formats import UNREADABLE, RowError
+from job.data.formats import TO_UTF8, UNREADABLE, RowError
 from job.errors import MAX_SHOWN, DataError, Problem
 
 OnBadRow = Literal["error", "skip"]
-_SKIPPING = "correct the rows, or set JOB_DATA__ON_BAD_ROW=skip to skip and count invalid rows"
+_SKIPPING = "correct the {rows}, or set JOB_DATA__ON_BAD_ROW=skip{after} to skip and count invalid rows"
 _LONG = "raise JOB_TRAIN__MAX_LENGTH, or set JOB_DATA__ON_LONG_ROW to skip, truncate or split long rows"
+_ADVICE = {"too_long": _LONG, "broken_utf8": TO_UTF8, UNREADABLE: ""}
+"""Kind -> its own advice. Skipping is the advice for the other kinds, which are mistakes in single rows."""
 
 
 class BadRows:
@@ -23,7 +25,8 @@ class BadRows:
         self._skip = on_bad_row == "skip"
         self._problems: list[Problem] = []
         self._total = 0
-        self._kinds: set[str] = set()
+        self._kinds: Counter[str] = Counter()
+        self._fixes: set[str] = set()
 
     def add(self, faults: list[RowError]) -> None:
         """Adds the faults of one row, at least one."""
@@ -32,7 +35,9 @@ class BadRows:
             self.skipped[faults[0].kind] += 1
             return
         self._total += len(faults)
-        self._kinds |= {fault.kind for fault in faults}
+        self._kinds.update(fault.kind for fault in faults)
+        # Text that another encoding of the file would not correct says itself what would.
+        self._fixes |= {one.kind for one in faults if one.kind != "broken_utf8" or "; " not in one.what}
         remaining = MAX_SHOWN - len(self._problems)
         self._problems += [Problem(fault.where, fault.what) for fault in faults[:remaining]]
 
@@ -46,12 +51,22 @@ class BadRows:
         """Whether there is a problem."""
         return bool(self._problems)
 
-    def raise_problems(self) -> None:
-        """Raises the problems, if there are any, all in one error."""
-        if self._problems:
-            skippable = self._kinds - {UNREADABLE}
-            advice = _LONG if skippable == {"too_long"} else _SKIPPING if skippable else ""
-            raise DataError(self._problems, self._total, advice)
+    def raise_problems(self, name: str) -> None:
+        """Raises the problems, if there are any, all in one error, with the advice of each kind that occurs.
+
+        `name` is what the source is called where their number by kind is said, since not all of them are shown.
+        """
+        if not self._problems:
+            return
+        advice = [text for fix, text in _ADVICE.items() if text and fix in self._fixes]
+        if self._fixes - _ADVICE.keys():
+            # A file in another encoding would lose all its rows with an accent.
+            after = " once the file is UTF-8," if "broken_utf8" in self._fixes else ""
+            advice.append(_SKIPPING.format(rows="other rows" if advice else "rows", after=after))
+        if self._total > MAX_SHOWN:
+            kinds = "; ".join(f"{count:,}: {why}" for why, count in by_reason(self._kinds).items())
+            advice.insert(0, f"problems of {name} by kind: {kinds}")
+        raise DataError(self._problems, self._total, "\n".join(advice))
 
     def nothing_left(self, name: str) -> DataError:
         """The error that no row was selected, and why."""

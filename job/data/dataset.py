@@ -159,7 +159,7 @@ def load_examples(
             hash_each=not isinstance(source, str),
         )
         last, records = collector.collect(sources, replace(first, rows=rows))
-        bad_rows.raise_problems()
+        bad_rows.raise_problems(name)
         if not collected.rows:
             raise bad_rows.nothing_left(name)
         if templated:

@@ -25,7 +25,7 @@ from job.data.chat_template import Template, TemplateRefusalError, open_template
 from job.data.conversations import texts_of_messages
 from job.data.fields import find_invalid_utf8
 from job.data.files import find_file
-from job.data.formats import Row, RowError, read_rows
+from job.data.formats import NOT_UTF8, TO_UTF8, Row, RowError, other_encoding, read_rows, what_to_convert
 from job.data.schemas import alpaca_prompt
 from job.data.sharegpt import as_messages, in_conversations, is_sharegpt
 from job.data.text_tokenizer import text_tokenizer
@@ -184,11 +184,15 @@ def _rows(path: Path, name: str, schema: str) -> Iterator[Row | RowError]:
             yield RowError("prompt", name, f"has more than {_MAX_TEXT_BYTES:,} bytes")
             return
         lines = data.decode("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        what = (
-            "is not valid UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"cannot be read: {error.strerror}"
-        )
-        yield RowError("prompt", name, what)
+    except UnicodeDecodeError as error:
+        if encoding := other_encoding(error.object):
+            yield RowError("prompt", name, what_to_convert(encoding, path))
+        else:
+            number = error.object[: error.start].count(b"\n") + 1
+            yield RowError("prompt", f"{name}:{number}", f"{NOT_UTF8}; {TO_UTF8}")
+        return
+    except OSError as error:
+        yield RowError("prompt", name, f"cannot be read: {error.strerror}")
         return
     for number, line in enumerate(lines, start=1):
         if text := line.removesuffix("\r"):
@@ -206,8 +210,8 @@ def _prompt_of(
 ) -> tuple[str, bool, str | None] | RowError:
     """(text, whether a chat template wrote it, the row's own answer); or why the row is no prompt."""
     for field, value in row.fields.items():
-        for where in find_invalid_utf8(value, f"{row.where} {field}"):
-            return RowError("prompt", where, "is not valid UTF-8 text; save the file as UTF-8")
+        for where, what in find_invalid_utf8(value, f"{row.where} {field}"):
+            return RowError("prompt", where, f"{what}; {TO_UTF8}" if what == NOT_UTF8 else what)
     fields = row.fields
     if is_sharegpt(fields):
         converted = as_messages(row)

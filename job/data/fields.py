@@ -7,7 +7,7 @@ from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from job.data.formats import Row, RowError, is_valid_text, type_name
+from job.data.formats import Row, RowError, is_valid_text, type_name, what_is_invalid
 
 MAX_CHARACTERS = 4 << 20
 """Of one text in a row: more would take minutes to tokenize, and no model reads that many."""
@@ -74,11 +74,11 @@ def is_zero(value: Any) -> bool:
     return isinstance(value, int | float) and value == 0
 
 
-def find_invalid_utf8(value: Any, where: str) -> Iterator[str]:
-    """Where in a value there are texts that are not UTF-8."""
+def find_invalid_utf8(value: Any, where: str) -> Iterator[tuple[str, str]]:
+    """(where, what is wrong) of each text in a value that is not UTF-8."""
     if isinstance(value, str):
         if not is_valid_text(value):
-            yield where
+            yield where, what_is_invalid(value)
     elif isinstance(value, dict):
         for key, item in value.items():
             yield from find_invalid_utf8(item, f"{where} {key}")

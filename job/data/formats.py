@@ -22,6 +22,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Self
 
 UNREADABLE = "unreadable"
+HALF_PAIR = "has half of a surrogate pair, such as the escape \\ud800 alone; correct the text"
+NOT_UTF8 = "is not valid UTF-8 text"
+TO_UTF8 = "convert a text file to UTF-8: iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW, if it is of Windows or Latin-1"
+"""The fix for text that is not UTF-8. In Latin-1, the letters have the same bytes as in Windows-1252."""
 
 MAX_ROW_BYTES = 16 << 20
 """Of one line of JSONL or CSV, and of one CSV field."""
@@ -142,8 +146,8 @@ def _not_its_format(path: Path) -> str | None:
         return "is a git-lfs pointer, not the file itself; fetch it with `git lfs pull`"
     if reader_of(path) in {_read_parquet, _read_arrow}:
         return None
-    if encoding := _other_encoding(head):
-        return f"is {encoding} text; convert it: iconv -f {encoding} -t UTF-8 {path.name}"
+    if encoding := other_encoding(head):
+        return what_to_convert(encoding, path)
     if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         return "is an HTML page, such as a login or error page, instead of the file; download it again"
     if head.startswith(_BINARY):
@@ -151,7 +155,12 @@ def _not_its_format(path: Path) -> str | None:
     return None
 
 
-def _other_encoding(head: bytes) -> str | None:
+def what_to_convert(encoding: str, path: Path) -> str:
+    """What is wrong with a file in this encoding, with the fix."""
+    return f"is {encoding} text; convert it: iconv -f {encoding} -t UTF-8 {path.name} > NEW"
+
+
+def other_encoding(head: bytes) -> str | None:
     """UTF-16 or UTF-32, by a byte order mark or by zeros next to ASCII characters; None for neither."""
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) or b"\0\0\0" in {head[1:4], head[:3]}:
         return "UTF-32"
@@ -252,7 +261,7 @@ class LineDecoder:
             return _as_row(self._decoder.decode(text), row.where, self._decoder)
         except (ValueError, RecursionError) as error:
             if not is_valid_text(text):
-                return RowError("broken_utf8", row.where, "is neither UTF-8 nor JSON; save the file as UTF-8")
+                return RowError("broken_utf8", row.where, "is neither UTF-8 nor JSON")
             return RowError(
                 "invalid_json", row.where, f"is not valid JSON: {_reason(error, line=True)}{_hint_of_line(text)}"
             )
@@ -516,7 +525,8 @@ def _parquet_row(batch: Any, index: int, where: str) -> Row | RowError:
         try:
             value = values[index].as_py()
         except UnicodeDecodeError as error:
-            return RowError("broken_utf8", f"{where} {column}", f"is not UTF-8: {error.reason} at byte {error.start}")
+            what = f"is not UTF-8: {error.reason} at byte {error.start}; write the table again from UTF-8 text"
+            return RowError("broken_utf8", f"{where} {column}", what)
         except (ArithmeticError, LookupError, ValueError) as error:  # a time zone or a date that Python does not know
             return RowError("unreadable_value", f"{where} {column}", f"cannot be converted from Arrow: {error}")
         # pandas writes missing values as NaN in a column that has no other values.
@@ -551,6 +561,12 @@ def is_valid_text(value: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def what_is_invalid(value: str) -> str:
+    """What is wrong with a text that is not valid. Python has an invalid byte as one of U+DC80 to U+DCFF (PEP 383)."""
+    halves = {character for character in value if "\ud800" <= character <= "\udfff"}
+    return NOT_UTF8 if any("\udc80" <= half <= "\udcff" for half in halves) else HALF_PAIR
 
 
 def type_name(value: Any) -> str:

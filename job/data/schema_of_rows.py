@@ -46,7 +46,7 @@ def settle_schema(
             return detected, chain([line], rows)
         else:
             raise DataError([Problem(row.where, _why_no_schema(row, among, method))])
-    findings.raise_problems()
+    findings.raise_problems(name)
     raise findings.nothing_left(name)
 
 

@@ -133,9 +133,9 @@ def fits(fields: Collection[str], schema: Schema) -> bool:
 def check_row(row: Row, schema: Schema) -> list[RowError]:
     """Everything that is wrong with a row's fields, except its length in tokens; empty if the row is valid."""
     if broken := [
-        where for field, value in row.fields.items() for where in find_invalid_utf8(value, f"{row.where} {field}")
+        one for field, value in row.fields.items() for one in find_invalid_utf8(value, f"{row.where} {field}")
     ]:
-        return [RowError("broken_utf8", where, "is not valid UTF-8 text; save the file as UTF-8") for where in broken]
+        return [RowError("broken_utf8", where, what) for where, what in broken]
     if schema not in {*SIDES, "text"} and not any(is_empty(row.fields.get(field)) for field in SIDES["preference"]):
         what = f"and rejected are a pair of answers, which is not used in the schema {schema}: {_OF_PAIRS}"
         return [RowError("field_without_use", f"{row.where} chosen", what)]

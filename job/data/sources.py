@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import chain, repeat
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from job.data.formats import Lines, read_lines
 from job.data.hub_dataset import is_hub_id, open_dataset
 from job.data.notes import Notes
 from job.errors import Problem, SettingsError, named_by, naming
+from job.storage.location import is_remote
 
 _ALIVE_SECONDS = 0.5
 _SAY_SECONDS = 10
@@ -73,6 +74,16 @@ def named_as_given(source: str, name: str) -> Iterator[None]:
     glob = is_glob(source) and not Path(source).exists()
     copy, given = (fixed_part(source), fixed_part(name)) if glob else (source, name)
     with nullcontext() if source == name else naming(given.rstrip("/"), copy.rstrip("/")):
+        yield
+
+
+@contextmanager
+def copies_named_as_given(given: Mapping[str, str]) -> Iterator[None]:
+    """`named_as_given` for several: the path of each file -> the place that the user gave, if it is a URI."""
+    with ExitStack() as stack:
+        for copy, name in given.items():
+            if is_remote(name):
+                stack.enter_context(named_as_given(copy, name))
         yield
 
 

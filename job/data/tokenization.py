@@ -216,10 +216,13 @@ def _inside(row: Rendered, offsets: Sequence[tuple[int, int]], *, everything: bo
 
 def _check(row: Rendered, ids: list[int], targets: bytes, max_length: int, *, cut: bool) -> RowError | None:
     if len(ids) > max_length:
-        what = f"makes the row {len(ids)} tokens long, {max_length} are allowed (JOB_TRAIN__MAX_LENGTH)"
+        what = f"makes the row {len(ids)} tokens long, {max_length} are allowed"
         return RowError("too_long", row.where, what)
     if 1 not in targets:
-        why = f": the {max_length} tokens that it is cut to (JOB_TRAIN__MAX_LENGTH) contain no token of the completion"
+        why = (
+            f": the {max_length} tokens that it is cut to contain no token of the completion; raise"
+            " JOB_TRAIN__MAX_LENGTH"
+        )
         return RowError("empty_target", row.where, "has no token to learn" + why * cut)
     return None
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from job.data.files import find_file
 from job.data.formats import Row, RowError, read_rows
-from job.errors import DataError, Problem, named_by, naming
+from job.errors import DataError, Problem, named_by
 from job.evaluation.task_names import MULTIPLE_CHOICE
 
 _EXAMPLES = "examples"
@@ -26,9 +26,7 @@ def find_questions(location: str) -> Path:
 
 def read_questions(path: Path, name: str) -> list[Row]:
     """All rows of a file of questions. Raises DataError with every row that cannot be read."""
-    with naming(name, str(path)):
-        file = find_questions(str(path))
-    rows = list(read_rows(file, name))
+    rows = list(read_rows(find_questions(str(path)), name))
     faults = [Problem(row.where, row.what) for row in rows if isinstance(row, RowError)]
     if faults or not rows:
         raise DataError(faults or [Problem(name, "holds no questions")])

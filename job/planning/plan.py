@@ -6,17 +6,26 @@ import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 
-from job.common.export_formats import GGUF
+from job.common.export_formats import GGUF, MERGED
 from job.common.formatting import size
 from job.common.gpu_context import CONTEXT_BYTES
-from job.common.resources import available_bytes, check_disk
+from job.common.optimizers import too_high
+from job.common.resources import (
+    OTHER_OUTPUT_BYTES,
+    available_bytes,
+    check_disk,
+    checkpoint_bytes,
+    disk_space,
+    output_bytes,
+)
 from job.common.source_list import parse_sources
 from job.data.hub_dataset import is_hub_id
 from job.data.licences import find_licence
 from job.distributed.launcher import count_processes
-from job.errors import JobError, SettingsError, combine
+from job.errors import JobError, SettingsError, Unreachable, combine, environment_name
 from job.planning import scaling, time_model
 from job.planning.auxiliary_models import FP32_SHARE
 from job.planning.forecast import Estimate, GpuForecast, disk_bytes, estimates, forecast_gpu
@@ -35,9 +44,12 @@ from job.planning.input_checks import EXPORTED, Preflight, check_run_inputs, pla
 from job.planning.preflight import Found, PreflightResult, run_check
 from job.planning.run_shape import shape_of_run
 from job.planning.shown_rows import ShownRow
+from job.planning.workload import Workload
 from job.settings.combinations import sharded_alone
 from job.settings.load import Settings
+from job.settings.training_stages import folder_of
 from job.storage.hub import MAX_FILE_BYTES
+from job.storage.location import is_remote
 from job.training import memory_model
 
 SHARED_MEMORY = PreflightResult("shared memory", "ok", "one process needs none; several need 1 GiB in /dev/shm")
@@ -82,17 +94,19 @@ def make_plan(settings: Settings, show: int = 0, unread: JobError | None = None)
     # As a run on this machine would count them; a plan for another machine names the number.
     processes = count_processes("auto") if settings.run.processes == "auto" else settings.run.processes
     placement_checks = [*_sharded_alone(settings, processes)]
-    checks += placement_checks
+    checks += [*placement_checks, *_learning_rates(settings)]
     run = shape_of_run(settings, preflight, checks, processes)
     gpus = [_with_memory_limit(gpu, settings.train.gpu_memory_gb) for gpu in GPUS]
     memory = [SHARED_MEMORY, *_main_memory(settings, run)]
-    checks += [_licence(settings, preflight), _disk(settings, run), *memory, *_large_files(settings, run)]
+    output = _output_bytes(settings, run)
+    disks = [*_disks(settings, run, output)]
+    checks += [_licence(settings, preflight), *disks, *memory, *_large_files(settings, run)]
     return Plan(
         title=f"{settings.model.id} on {settings.data.source}, to {place}"
         if run.trains
         else f"export of {settings.export.run}, {settings.model.id} on {settings.data.source}, to {place}",
         checks=tuple(checks),
-        figures=(*_measured(preflight), *estimates(run)),
+        figures=(*_measured(preflight), *estimates(run), *_output_figure(run, output)),
         gpus=() if run.setup is None or placement_checks else tuple(forecast_gpu(gpu, run, run.setup) for gpu in gpus),
         largest_step=run.workload.largest_step if run.workload and run.trains else None,
         assumptions=_assumptions(settings, run.processes),
@@ -106,6 +120,17 @@ def _note_of_export(settings: Settings, preflight: Preflight) -> Iterator[Prefli
     if any(check.name == EXPORTED and check.state != "wrong" for check in preflight.checks):
         what = f"JOB_EXPORT__RUN: {settings.export.run} is taken over; nothing is trained"
         yield PreflightResult("training", "note", what)
+
+
+def _learning_rates(settings: Settings) -> Iterator[PreflightResult]:
+    """The note on learning rates that are likely mistakes; a run that exports a finished one has none."""
+    train = settings.train
+    rates = {"train.learning_rate": train.learning_rate}
+    if not train.is_one_stage:
+        rates = {"train.sft_learning_rate": train.sft_learning_rate, **rates}
+    for name, rate in rates.items() if settings.export.run is None else ():
+        if (why := too_high(rate)) is not None:
+            yield PreflightResult("learning rate", "note", f"{environment_name(name)}: {why}")
 
 
 def _with_memory_limit(gpu: Gpu, gigabytes: float | None) -> Gpu:
@@ -157,16 +182,78 @@ def _sharded_alone(settings: Settings, processes: int) -> Iterator[PreflightResu
         yield PreflightResult("placement", "wrong", str(error), error)
 
 
-def _disk(settings: Settings, run: RunShape) -> PreflightResult:
-    """Whether this machine's disk has enough space; the machine with the GPU needs the same."""
-    folder = Path(settings.storage.cache or tempfile.gettempdir())
-    need = disk_bytes(run)
+def _disks(settings: Settings, run: RunShape, output: int | None) -> Iterator[PreflightResult]:
+    """Whether this machine's disks have enough space; the machine with the GPU needs the same.
+
+    `output` is as `_output_bytes` returns it. On one disk with the temporary files, both needs add up.
+    """
+    folder, results = Path(settings.storage.cache or tempfile.gettempdir()), Path(folder_of(settings)).expanduser()
+    shared = output is not None and _on_one_disk(folder, results)
+    need = disk_bytes(run) + (output if output is not None and shared else 0)
+    part = f", {size(output or 0, ' ')} of them for results in {results}" if shared else ""
 
     def work() -> Found[None]:
-        check_disk(folder, need)
-        return "ok", f"about {size(need, ' ')} are needed; {folder} has them on this machine", None
+        try:
+            check_disk(folder, need)
+        except Unreachable as error:
+            raise Unreachable(f"{error}{', or by JOB_RUN__OUTPUT' if shared else ''}{part}") from None
+        return "ok", f"about {size(need, ' ')} are needed{part}; {folder} has them on this machine", None
 
-    return run_check("disk", work, unreachable="note")[0]
+    def results_work() -> Found[None]:
+        need, free = output or 0, disk_space(results).writable
+        what = f"JOB_RUN__OUTPUT: about {size(need, ' ')} are needed for checkpoints, adapter, exports and report"
+        if free >= need:
+            return "ok", f"{what}; {results} has them on this machine", None
+        fix = "free space there, or name a folder on a larger disk, or a bucket"
+        if run.trains and settings.checkpoint.keep > 1:
+            fix += "; JOB_CHECKPOINT__KEEP=1 keeps fewer checkpoints"
+        return "note", f"{what}, and {results} has {size(free, ' ')} on this machine; {fix}", None
+
+    yield run_check("disk", work, unreachable="note")[0]
+    if output is not None and not shared:
+        yield run_check("output disk", results_work, unreachable="note")[0]
+
+
+def _on_one_disk(one: Path, other: Path) -> bool:
+    """Whether both folders, which need not exist yet, share their space; False if that cannot be found out."""
+    try:
+        return disk_space(one).shares(disk_space(other))
+    except Unreachable:
+        return False
+
+
+def _output_bytes(settings: Settings, run: RunShape) -> int | None:
+    """Bytes that the run keeps in JOB_RUN__OUTPUT at most at once; None in a bucket, or for an unknown model.
+
+    Of two training stages, the first one's checkpoints and adapter stay while the second one trains.
+    """
+    if is_remote(settings.run.output) or run.setup is None:
+        return None
+    adapter, keep = memory_model.FP32 * run.setup.adapter, settings.checkpoint.keep
+    exports = run.format_bytes(MERGED) * (MERGED in settings.export.formats) + sum(map(run.format_bytes, run.derived))
+    exports += adapter // 2 * run.adapter_copies
+    kept_base = settings.model.keep_quantized == "store" and settings.model.quantization != "none"
+    others, always = adapter + exports, OTHER_OUTPUT_BYTES + kept_base * memory_model.weight_bytes(run.setup)
+    if not run.trains:
+        return others + always
+    checkpoint = checkpoint_bytes(run.setup.adapter, run.setup.optimizer)
+
+    def saves(workload: Workload | None) -> int:
+        """How many checkpoints a stage writes; with unknown rows, as many as can be there at once."""
+        return keep + 1 if workload is None else ceil(workload.steps / settings.checkpoint.every_steps)
+
+    need = always + output_bytes(checkpoint, keep=keep, saves=saves(run.workload), others=others)
+    if run.first_stage is not None:
+        need += min(keep, saves(run.first_stage.workload)) * checkpoint + adapter
+    return need
+
+
+def _output_figure(run: RunShape, output: int | None) -> Iterator[Estimate]:
+    """The estimate of what is kept in a local folder of results."""
+    if output is not None:
+        note = "JOB_RUN__OUTPUT: checkpoints, adapter, exports, report; at most at once"
+        basis = "assumed" if run.trains and run.workload_basis == "assumed" else run.setup_basis
+        yield Estimate("disk, results", output, "bytes", basis, note)
 
 
 def _main_memory(settings: Settings, run: RunShape) -> Iterator[PreflightResult]:

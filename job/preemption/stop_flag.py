@@ -49,6 +49,7 @@ LAST_SECONDS = 0.5
 """A process that has not ended by this time before the kill ends itself."""
 _LONGEST_WAIT = 3600.0
 """Seconds; `poll` takes no more than 24 days."""
+_GOES_ON = "start the run again with the same id: it goes on after its last checkpoint or finished stage"
 _NO_MORE_SIGNALS = b"\0"
 """Written to the pipe of signal numbers when it is not read any more; no signal has this number."""
 
@@ -167,8 +168,12 @@ def _warn(message: str) -> int:
 
 
 @contextmanager
-def stop_on_signals(grace_seconds: float | None = None, report: Callable[[str], int] = _warn) -> Iterator[StopFlag]:
+def stop_on_signals(
+    grace_seconds: float | None = None, report: Callable[[str], int] = _warn, *, says_end: bool = True
+) -> Iterator[StopFlag]:
     """Within it each of `SIGNALS` sets the flag; a second request, by a later signal, ends the process at once.
+
+    It says so in a line of the log, but records nothing: `qlora-job status` sees on the same machine that it is gone.
 
     `LAST_SECONDS` before the kill the process ends itself, with the exit code of a preemption, even while it waits: a
     store that throttles may keep it waiting for minutes, and a killed process (137) looks like one that ran out of
@@ -182,6 +187,7 @@ def stop_on_signals(grace_seconds: float | None = None, report: Callable[[str], 
         grace_seconds: Time between the signal and the kill; None if unknown.
         report: Called with the reason when the process ends itself before the kill; returns the exit code. It runs in
             a separate thread and gets most of `LAST_SECONDS`: what it writes to may be what the process waits for.
+        says_end: Whether a second request is logged; one of several processes of a machine does it.
     """
     stop = StopFlag()
     times: list[float] = []
@@ -191,6 +197,9 @@ def stop_on_signals(grace_seconds: float | None = None, report: Callable[[str], 
         if len(times) == 1:  # spot notices do not count here: the first SIGTERM after one still gets its grace period
             stop.request(signal.Signals(number).name, grace_seconds)
         elif number != signal.SIGXCPU and times[-1] - times[0] > SAME_REQUEST_SECONDS:
+            if says_end:
+                what = f"a second signal ({signal.Signals(number).name}) ends the process at once, without saving"
+                log.write_line(f"{what}; {_GOES_ON}", exit_code=Preempted.exit_code)
             os._exit(Preempted.exit_code)
 
     numbers = signals_to_handle()
@@ -233,6 +242,7 @@ def _exit_before_kill(reading: int, grace: float, numbers: Collection[int], repo
     poll = select.poll()
     poll.register(reading, select.POLLIN)
     first, end = 0.0, math.inf
+    what = "the process ends without waiting any longer: the grace period is over (JOB_RUN__GRACE_SECONDS)"
     while (left := end - time.monotonic()) > 0:
         if not poll.poll(1000 * min(left, _LONGEST_WAIT)):
             continue
@@ -244,13 +254,11 @@ def _exit_before_kill(reading: int, grace: float, numbers: Collection[int], repo
             continue
         if end == math.inf:
             first, end = now, now + grace - margin
-        elif received[0] != signal.SIGXCPU and now - first > SAME_REQUEST_SECONDS:
-            end = min(end, now + LAST_SECONDS)  # the handler ends the process sooner where it is called
-    what = "the process ends without waiting any longer: the grace period is over"
+        elif received[0] != signal.SIGXCPU and now - first > SAME_REQUEST_SECONDS and now + LAST_SECONDS < end:
+            # The handler ends the process sooner where it is called.
+            end, what = now + LAST_SECONDS, f"a second signal ends the process at once; {_GOES_ON}"
     codes: list[int] = []
-    reporting = Thread(
-        target=copy_context().run, args=(lambda: codes.append(report(f"{what} (JOB_RUN__GRACE_SECONDS)")),), daemon=True
-    )
+    reporting = Thread(target=copy_context().run, args=(lambda: codes.append(report(what)),), daemon=True)
     reporting.start()
     reporting.join(0.8 * margin)
     os._exit(codes[0] if codes else Preempted.exit_code)

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from job.common.process_identity import has_ended
 from job.errors import Problem, SettingsError, exit_codes
 from job.results.outcome import OutcomeValues, outcome_values, read_outcome
 from job.results.run_records import (
@@ -29,9 +30,9 @@ from job.results.summary import outcome_lines
 from job.runs.killed_for_memory import why_killed
 from job.runs.layout import FIRST_STAGE, RESULTS, Stage, run_folder
 from job.runs.run_log import LoggedAttempt
-from job.storage.open import StorageOptions, is_remote, open_store
+from job.storage.open import ObjectStore, StorageOptions, is_remote, open_store
 
-State = Literal["running", "preempted", "stalled", "finished", "failed", "not-started", "damaged"]
+State = Literal["running", "preempted", "killed", "stalled", "finished", "failed", "not-started", "damaged"]
 
 STALLED_SECONDS = 600.0
 """Seconds without a record after which a running attempt is `stalled`, if its record lacks the watchdog's limit."""
@@ -46,7 +47,8 @@ class AttemptEnd:
 
     Attributes:
         attempt: Number of the attempt.
-        outcome: `preempted`, `stalled`, `failed`, `crashed` (a bug), `complete`, or `killed`: no end was recorded.
+        outcome: `preempted`, `stalled`, `failed`, `crashed` (a bug), `complete`, or `killed`: no end was recorded. An
+            attempt that was stopped, and ended with code 71 because too many in a row were, has `failed`.
         exit_code: Null if the attempt was killed, completed the run, or is of a version that did not record the code.
         meaning: Meaning of the exit code.
         why: The error's text, without secrets; for a killed attempt the evidence of full main memory; else null.
@@ -84,10 +86,11 @@ class RunStatus:
 
     Attributes:
         run: Path or URI of the run's folder.
-        state: `running`; `preempted`: waiting for the platform to start the next attempt; `stalled`: the attempt has
-            written no record for too long, so it was killed without notice, or hangs; `finished`; `failed`: the last
-            attempt ended with an error; `not-started`; `damaged`: results.json, or a file that it lists, is missing
-            or damaged.
+        state: `running`; `preempted`: waiting for the platform to start the next attempt; `killed`: the attempt's
+            process is gone and has recorded no end, which is only seen on the machine on which it ran; `stalled`: the
+            attempt has written no record for too long, so it was killed without notice, or hangs; `finished`;
+            `failed`: the last attempt ended with an error; `not-started`; `damaged`: results.json, or a file that it
+            lists, is missing or damaged.
         first_stage: Whether the other fields are about the first of two stages (`JOB_TRAIN__METHOD=sft,dpo`).
         attempt: Number of the newest attempt.
         stage: The current stage, or the stage in which the newest attempt ended.
@@ -171,11 +174,11 @@ def read_status(
     if not is_remote(where) and Path(folder).is_file():
         raise SettingsError([Problem(where, f"is a file; give the folder of a run, or the {RESULTS} in it")])
     store = open_store(folder, storage)
-    status = _status_of(read_run_records(store), now, stalled_after)
+    status = _status_of(*_records_and_life(store), now, stalled_after)
     if status.state != "not-started":
         return status
     first_store = open_store(f"{store.uri}/{FIRST_STAGE}".rstrip("/"), storage)
-    first = _status_of(read_run_records(first_store), now, stalled_after)
+    first = _status_of(*_records_and_life(first_store), now, stalled_after)
     if first.state == "finished":  # and the second has not begun
         silent_seconds = first.silent_seconds or 0.0
         is_stalled = silent_seconds > (STALLED_SECONDS if stalled_after is None else stalled_after)
@@ -185,8 +188,31 @@ def read_status(
     return replace(status, place=place_without_run(store), runs_beside=runs_beside(store.uri))
 
 
-def _status_of(records: RunRecords, now: datetime, stalled_after: float | None) -> RunStatus:
-    """The status that the records of a run tell; the arguments are as for `read_status`."""
+def _records_and_life(store: ObjectStore) -> tuple[RunRecords, bool]:
+    """The records of a run, and whether the process of its newest attempt is gone though it recorded no end."""
+    records = read_run_records(store)
+    if _process_is_gone(records):
+        records = read_run_records(store)  # it may have recorded its end in between; now it writes no more
+        return records, _process_is_gone(records)
+    return records, False
+
+
+def _process_is_gone(records: RunRecords) -> bool:
+    newest = records.attempts.get(records.newest)
+    if newest is None or newest.record.outcome != "running" or newest.noted is None or newest.noted.process is None:
+        return False
+    return has_ended(newest.noted.process)
+
+
+def _status_of(records: RunRecords, gone: bool, now: datetime, stalled_after: float | None) -> RunStatus:  # noqa: FBT001
+    """The status that the records of a run tell.
+
+    Args:
+        records: The run's records.
+        gone: Whether the process of the newest attempt is gone though it recorded no end.
+        now: As for `read_status`.
+        stalled_after: As for `read_status`.
+    """
     if records.empty:
         return RunStatus(records.uri, "not-started")
     newest, manifest, problems = records.newest, records.manifest, records.problems
@@ -199,6 +225,8 @@ def _status_of(records: RunRecords, now: datetime, stalled_after: float | None) 
         watchdog_seconds = None if note is None else note.stall_seconds
         stalled_after = STALLED_SECONDS if watchdog_seconds is None else _WATCHDOG_SHARE * watchdog_seconds
     state = _state(records, silent, stalled_after)
+    if gone and state in {"running", "stalled"}:
+        state = "killed"
     if state == "finished" and problems:
         state = "damaged"
     elif state == "damaged" and not problems:
@@ -218,7 +246,7 @@ def _status_of(records: RunRecords, now: datetime, stalled_after: float | None) 
         last_sign_of_life=last_sign,
         silent_seconds=silent,
         stalled_after=stalled_after if state == "running" else None,
-        last_end=_last_end(records),
+        last_end=_last_end(records, gone=gone),
         likely=None if current is None or state != "stalled" else why_killed(current),
         checkpoints=records.checkpoints,
         gate=None if manifest is None else gate_passed(manifest),
@@ -281,17 +309,19 @@ def _exit_code(logged: LoggedAttempt | None) -> int | None:
     return None if logged is None or logged.noted is None else logged.noted.exit_code
 
 
-def _last_end(records: RunRecords) -> AttemptEnd | None:
-    """The end of the newest attempt that has ended; every attempt before the newest has."""
+def _last_end(records: RunRecords, *, gone: bool) -> AttemptEnd | None:
+    """The end of the newest attempt that has ended; every attempt before the newest has, and it if it is `gone`."""
     for number, logged in records.attempts.items():
         outcome = logged.record.outcome
-        if outcome == "running" and number == records.newest:
+        if outcome == "running" and number == records.newest and not gone:
             continue
         code = _exit_code(logged)
         meaning = exit_codes().get(code, (None, None))[0] if code is not None else None
         why = None if logged.noted is None else logged.noted.why
         if outcome in {"running", "killed"}:
             outcome, why = "killed", _why_killed(records.attempts, number)
+        elif outcome == "preempted" and code not in {None, 75}:
+            outcome = "failed"  # as in the state of the run
         return AttemptEnd(number, outcome, code, meaning, why, logged.record.finished)
     return None
 

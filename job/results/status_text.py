@@ -31,6 +31,8 @@ def headline(status: RunStatus) -> str:
             text = "running"
         case "preempted":
             text = "preempted, waiting for the next attempt"
+        case "killed":
+            text = "killed: the attempt's process is gone and recorded no end; the next attempt resumes the run"
         case "stalled":
             text = (
                 "stalled (nothing recorded)" if silent is None else f"stalled (nothing recorded for {duration(silent)})"
@@ -81,7 +83,7 @@ def _rows(status: RunStatus) -> Iterator[tuple[str, str]]:
         "stages done": ", ".join(status.stages_done),
         "checkpoints": _if(status.attempt, lambda _: _checkpoint_steps(status.checkpoints)),
         "next attempt": _if(status.resume, _resume),
-        f"attempt {end.attempt if end else 0} ended": _if(end, _end),
+        f"attempt {end.attempt if end else 0} ended": _if(end, lambda end: _end(end, status.attempt)),
         "likely cause": status.likely,
         "what to change": FIX if status.likely or (end and end.outcome == "killed" and end.why) else None,
     }
@@ -112,7 +114,8 @@ def _last_record(status: RunStatus, ago: float) -> str:
     if status.state != "running" or status.stalled_after is None or ago < _QUIET_SECONDS:
         return text
     return (
-        f"{text}; if its process was killed, `stalled` is shown after {duration(status.stalled_after)} without a record"
+        f"{text}; if its process was killed, `stalled` is shown after {duration(status.stalled_after)} without a "
+        "record, and `killed` at once on the machine on which it ran"
     )
 
 
@@ -123,7 +126,7 @@ def _checkpoint_steps(steps: Sequence[int]) -> str:
 def _step(status: RunStatus) -> str:
     total = "" if status.total_steps is None else f" of {status.total_steps}"
     since = {"checkpoint": " (at the last checkpoint)", "training": " (training is done)"}
-    if status.step_from == "attempt" and status.state in {"preempted", "failed"}:
+    if status.step_from == "attempt" and status.state in {"preempted", "killed", "failed"}:
         return f"{status.step}{total} (when the attempt ended)"
     return f"{status.step}{total}{since.get(status.step_from or '', '')}"
 
@@ -139,9 +142,10 @@ def _resume(resume: Resume) -> str:
     return f"goes on after stage {resume.after_stage}{repeated}"
 
 
-def _end(end: AttemptEnd) -> str:
+def _end(end: AttemptEnd, newest: int | None) -> str:
     if end.outcome == "killed":
-        words = "killed without notice, or replaced by a later attempt: its end was not recorded"
+        others = "or ended" if end.attempt == newest else "replaced by a later attempt, or ended"
+        words = f"killed, {others} by a second signal: its end was not recorded"
         return words if end.why is None else f"{words}; {end.why}"
     code = "" if end.exit_code is None else f" with code {end.exit_code} ({end.meaning})"
     return f"{end.outcome}{code}" + ("" if end.why is None else f": {end.why}")

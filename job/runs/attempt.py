@@ -21,6 +21,7 @@ from pydantic import TypeAdapter
 from job import log
 from job.common.formatting import timestamp
 from job.common.hashing import hash_file, sealed
+from job.common.process_identity import this_process
 from job.common.resources import main_memory
 from job.common.validation import adapter_of
 from job.distributed.processes import ALONE, Processes
@@ -395,6 +396,7 @@ class Attempt:
             memory=main_memory(),
             before=self.killed_before,
             loading=self.loading,
+            process=this_process(),
         )
 
     def _note_if_due(self) -> None:

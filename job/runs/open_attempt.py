@@ -160,12 +160,16 @@ def _check_stop(processes: Processes, stop: StopFlag, report_progress: Callable[
 
 
 def _why_killed(logged: Sequence[LoggedAttempt]) -> str | None:
-    """Why the newest of earlier attempts was likely killed (main memory was full), to be logged with the fix."""
+    """Why the newest of earlier attempts was likely killed (main memory was full); logs that it recorded no end."""
     if not logged or logged[-1].record.outcome != "killed":
         return None
+    before = logged[-1].record.number
     if (why := why_killed(logged[-1], main_memory())) is not None:
         what = "the attempt before this one was killed without notice"
-        log.get_logger().warning(what, attempt_before=logged[-1].record.number, why=why, fix=FIX)
+        log.get_logger().warning(what, attempt_before=before, why=why, fix=FIX)
+    else:
+        what = "the attempt before this one recorded no end: it was killed, or this attempt replaces it"
+        log.get_logger().warning(what, attempt_before=before)
     return why
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from job.common.hashing import sealed, unsealed
+from job.common.process_identity import ProcessIdentity
 from job.common.resources import MainMemory
 from job.common.validation import adapter_of, first_error
 from job.errors import DataError, Problem
@@ -44,6 +45,7 @@ class Noted:
         memory: The main memory where process 0 runs; None in records of earlier versions.
         loading: Whether the model was being loaded.
         before: Why the attempt before this one was likely killed; None where it was not, or nothing is known.
+        process: Process 0; None where the system does not name it, and in records of earlier versions.
     """
 
     at: str
@@ -55,6 +57,7 @@ class Noted:
     memory: MainMemory | None = None
     before: str | None = None
     loading: bool = False
+    process: ProcessIdentity | None = None
 
 
 LONGEST_WHY = 500
@@ -101,10 +104,11 @@ class IdleLimit:
     @property
     def message(self) -> str:
         """The message of `NoProgress`."""
-        what = f"{self.before + 1} attempts in a row were stopped without progress of the run"
         return (
-            f"{what} (JOB_RUN__MAX_IDLE_ATTEMPTS={self.limit}); give attempts more time between "
-            "interruptions, or use machines that are interrupted less often"
+            f"attempts in a row without progress: {self.before + 1}; progress is to get further than all before: "
+            "into a later stage than pull, to a later optimizer step, or to more scored questions or copied files; "
+            "the next start goes on where the run is; give it more time before it is stopped, or allow more such "
+            f"attempts (JOB_RUN__MAX_IDLE_ATTEMPTS={self.limit}; 1000000 is as good as no limit)"
         )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, get_args
 
 from job.settings.schema import NAMES, Group, Options, Settings
+from job.settings.sources import similar_names
 
 ALL = "all"
 """What `--help` is followed by to describe every setting."""
@@ -51,11 +52,31 @@ def find_settings(words: Sequence[str]) -> set[str]:
     """
     names = set()
     for word in words:
-        name = word.removeprefix("--").partition("=")[0].lower()
-        name = name.removeprefix("job_").replace("__", ".").replace("-", "_")
-        exact = {setting for setting in NAMES if name in {ALL, setting, setting.partition(".")[0]}}
-        names |= exact or {setting for setting in NAMES if len(name) >= SHORTEST and name in setting}
+        name = _plain(word)
+        names |= _exact(name) or {setting for setting in NAMES if len(name) >= SHORTEST and name in setting}
     return names
+
+
+def _plain(word: str) -> str:
+    """A word after `--help` as the dotted name that it may be: `--train.epochs=2` -> `train.epochs`."""
+    name = word.lstrip("-").partition("=")[0].lower()
+    return name.removeprefix("job_").replace("__", ".").replace("-", "_")
+
+
+def _exact(name: str) -> set[str]:
+    """The settings of the group, or the one setting, that has this name."""
+    return {setting for setting in NAMES if name in {ALL, setting, setting.partition(".")[0]}}
+
+
+def near_names(words: Sequence[str]) -> list[str]:
+    """The groups and settings that words after `--help` may mean, for each word that is the name of none."""
+    names = map(_plain, words)
+    return list(dict.fromkeys(near for name in names if not _exact(name) for near in similar_names(name, NAMES)))
+
+
+def near_groups(words: Sequence[str]) -> list[str]:
+    """Those of them that are groups, which are described by their names."""
+    return [name for name in near_names(words) if name not in NAMES]
 
 
 def list_of_groups() -> str:

@@ -129,8 +129,11 @@ class Run(Group):
     """Seconds between SIGTERM and SIGKILL on this platform, in which the job saves a last checkpoint. If a process
     still waits, for example for a store, half a second before the end, it ends with exit code 75."""
     max_idle_attempts: ExecutionOnly[Count] = 5
-    """Maximum number of consecutive attempts that are stopped before they make progress. The last of them ends with
-    exit code 71 instead of 75, because a platform retries 75 without limit."""
+    """Maximum number of consecutive attempts that are stopped, stall or are killed before they make progress. Progress
+    is to get further than all attempts before: into a later stage than pull, to a later optimizer step, or to more
+    scored questions (an export: or copied files). The last of them, if it is stopped, ends with exit code 71 instead of
+    75, because a platform retries 75 without limit. The next start goes on where the run is. 1000000 is as good as no
+    limit."""
     spot_notices: ExecutionOnly[Literal["auto", "off", "ec2", "gcp", "azure"]] = "auto"
     """Cloud whose metadata service is polled for preemption notices; `auto`: the cloud whose service answers."""
     processes: ExecutionOnly[CountOrAuto] = "auto"

@@ -45,6 +45,8 @@ SECRETS_DIR = "secrets_dir"  # a folder of files that are named like variables; 
 # Assumed upper bound of SageMaker's delay in copying a folder, for which it states no figure; a few GB take less.
 COPIED_WITHIN_SECONDS = 300
 _SHOWN_NAME = 80
+_MOST_SIMILAR = 3
+_NEAR_PART = 0.75  # similarity from which a word is taken for one in a setting's name: epohcs, epochs
 _NEAR_GROUP = 0.75  # similarity (difflib's ratio) from which a name is taken for that of a group: modle, model
 # Put into hyperparameters.json by SageMaker's own SDK and tuner.
 _SAGEMAKER_PREFIXES = ("sagemaker_", "_tuning_")
@@ -179,9 +181,7 @@ class CommandLine(Source):
         remaining = iter(enumerate(arguments, start=1))
         for position, argument in remaining:
             if not argument.startswith("--"):
-                # The argument is not repeated, since it may be a secret.
-                where = f"command line, argument {position}"
-                layer.problems.append(Problem(where, "is not a setting; settings are given as --group.name=value"))
+                layer.problems.append(self._no_option(argument, position))
                 continue
             key, equals, value = argument.removeprefix("--").partition("=")
             follower = arguments[position] if position < len(arguments) else "--"
@@ -196,6 +196,25 @@ class CommandLine(Source):
             else:
                 layer.given[name] = GivenValue(value, "command line")
         return layer
+
+    def _no_option(self, argument: str, position: int) -> Problem:
+        """The problem of an argument that does not begin with two dashes."""
+        key = argument.partition("=")[0].lstrip("-")
+        if argument.startswith("-") and _canonical(key) in self.names:
+            return Problem(f"command line -{key}", f"has one dash; write --{key}")
+        if argument.startswith("-") and len(key) == 1:
+            what = "is not an option; `qlora-job --version` prints the version, `qlora-job --help` what can be given"
+            return Problem(f"command line -{key}", what)
+        if argument.startswith("-") or any(one.startswith("-") for one in self.request.arguments[:position]):
+            # Not repeated: it may be a secret, or behind an option a part of one that has spaces.
+            what = "is not a setting; settings are given as --group.name=value, a value with spaces in quotes"
+            return Problem(f"command line, argument {position}", what)
+        word = ascii(argument[:_SHOWN_NAME])[1:-1]
+        what = (
+            f"is not a setting; the name of a run is given as --run.id {word}, its data as --data.source PATH, a file "
+            "with settings as --config PATH"
+        )
+        return Problem(f"command line {word}", what)
 
 
 class Environment(Source):
@@ -484,6 +503,22 @@ def _unknown(where: str, key: str, names: Collection[str], spell: Callable[[str]
     return Problem(
         where + written_name, "is not a setting, and none has a similar name; `qlora-job config` lists all settings"
     )
+
+
+def similar_names(word: str, names: Collection[str]) -> list[str]:
+    """The groups and settings that a word may mean which names none, the likeliest first: at most `_MOST_SIMILAR`."""
+    key = _canonical(word[:_SHOWN_NAME])
+    last = key.rpartition(".")[2]
+    parts: dict[str, list[str]] = {}  # the last part of a name, and each of its words -> the names
+    for name in names:
+        whole = name.rpartition(".")[2]
+        for part in dict.fromkeys([whole, *whole.split("_")]):
+            parts.setdefault(part, []).append(name)
+    groups = {name.partition(".")[0]: None for name in names if "." in name}
+    group = [name for name in groups if key.startswith(name)]
+    group = group or get_close_matches(key, groups, n=1, cutoff=_NEAR_GROUP)
+    near = [name for part in get_close_matches(last, parts, cutoff=_NEAR_PART) for name in parts[part]]
+    return list(dict.fromkeys([*_ELSEWHERE.get(last, ()), *group, *near]))[:_MOST_SIMILAR]
 
 
 def _nearest(key: str, names: Collection[str]) -> list[str]:

@@ -224,7 +224,8 @@ def _make_merged(context: _Export, loaded: Loaded) -> tuple[dict[str, ExportFile
         if original is None:
             storage = storage_options(context.settings.storage)
             original = fetch_original(attempt, context.settings.model.id, storage, context.sources.record)
-        merges = check_export(attempt, context.settings.export, context.settings.gate.on, original, loaded)
+        options, gate_format = context.settings.export, context.settings.gate.on
+        merges = check_export(attempt, options, gate_format, original, loaded).merges
         plan = plan_merge(loaded.model, original)
         files_by_candidate = {}
         for name in merges.names:

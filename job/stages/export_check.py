@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,16 @@ from job.stages.handoff import Loaded
 from job.storage.hub import MAX_FILE_BYTES
 
 
-def check_export(attempt: Attempt, options: Export, gate_format: str, original: Path, loaded: Loaded) -> Candidates:
-    """Refuses before training what cannot be exported after it; returns the merges that will be made.
+@dataclass(frozen=True)
+class ExportSizes:
+    """The merges that will be made, and the estimated bytes of all formats that are made from one of them."""
+
+    merges: Candidates
+    derived_bytes: int
+
+
+def check_export(attempt: Attempt, options: Export, gate_format: str, original: Path, loaded: Loaded) -> ExportSizes:
+    """Refuses before training what cannot be exported after it; returns what will be made.
 
     Args:
         attempt: Its work folder will hold the merged models.
@@ -67,7 +76,7 @@ def check_export(attempt: Attempt, options: Export, gate_format: str, original: 
             )
     check_disk(attempt.work, required_bytes([len(merges.names) * merges.bytes_each, *sizes.values()]))
     _check_memory(loaded.model, merges.bytes_each, sizes)
-    return merges
+    return ExportSizes(merges, sum(sizes.values()))
 
 
 def check_least_size(work: Path, empty: Any, formats: Sequence[str], device: Any) -> None:

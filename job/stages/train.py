@@ -15,14 +15,14 @@ from job.checkpoints.async_uploader import AsyncUploader
 from job.checkpoints.trainer_state import validate_trainer_state, write_metrics
 from job.common import host
 from job.common.hashing import hash_facts
-from job.common.methods import METHODS
-from job.common.optimizers import substitute
+from job.common.methods import FIRST_STAGE_SETTINGS, METHODS
+from job.common.optimizers import substitute, too_high
 from job.common.resources import check_disk, checkpoint_bytes, required_bytes
 from job.common.schedulers import make_schedule
 from job.common.validation import adapter_of
 from job.data.batch_plan import steps_per_epoch
 from job.data.examples import Examples
-from job.errors import Preempted, Unreachable
+from job.errors import Preempted, Unreachable, environment_name
 from job.model.adapter_files import save_adapter
 from job.model.lora import trainable
 from job.model.tokenizer_files import copy_tokenizer
@@ -73,6 +73,7 @@ def train_adapter(attempt: Attempt, settings: Settings, sources: Sources, loaded
     recipe = _recipe(settings, len(sources.examples), loaded.micro_batch_tokens, optimizer)
     if processes.leads:
         _note_warmup(recipe)
+        _note_learning_rate(recipe, first_stage=settings.part_of is not None)
     examples, validation, reference = sources.examples, sources.validation, list[Artifact]()
     if METHODS[settings.train.last_method].reference:
         shared = open_store(settings.run.output, storage_options(settings.storage))
@@ -153,7 +154,7 @@ def _train(
             recipe=recipe,
             plan=loaded.plan,
             hooks=Hooks(
-                on_metrics=_step_logger(attempt, show_progress, watch, recipe.total_steps),
+                on_metrics=_step_logger(attempt, show_progress, watch, recipe.total_steps, publisher.check),
                 on_save=publisher.submit,
                 stop=attempt.stop,
                 fits=_fits(attempt, watch, publisher),
@@ -181,6 +182,14 @@ def _note_warmup(recipe: Recipe) -> None:
             total_steps=recipe.total_steps,
             change="JOB_TRAIN__WARMUP_RATIO=0.1; or more JOB_TRAIN__EPOCHS, or a smaller JOB_TRAIN__GLOBAL_BATCH_SIZE",
         )
+
+
+def _note_learning_rate(recipe: Recipe, *, first_stage: bool) -> None:
+    """Warns of a learning rate that is likely a mistake; the first of two training stages has a setting of its own."""
+    if (why := too_high(recipe.learning_rate)) is not None:
+        name = "train.learning_rate"
+        setting = environment_name(FIRST_STAGE_SETTINGS[name] if first_stage else name)
+        log.get_logger().warning("the learning rate is very high", setting=setting, why=why)
 
 
 def _publish_adapter(
@@ -290,9 +299,13 @@ def _validation_interval(settings: Settings, rows: int) -> int:
 
 
 def _step_logger(
-    attempt: Attempt, show_progress: log.Progress, watch: Stopwatch, total_steps: int
+    attempt: Attempt,
+    show_progress: log.Progress,
+    watch: Stopwatch,
+    total_steps: int,
+    check_upload: Callable[[], None],
 ) -> Callable[[StepMetrics], None]:
-    """The hook that counts, times and logs a step."""
+    """The hook that counts, times and logs a step, and raises what the upload of a checkpoint has failed with."""
     pace = StepPace(total_steps)
 
     def on_metrics(metrics: StepMetrics) -> None:
@@ -315,6 +328,7 @@ def _step_logger(
         )
         attempt.step_done(metrics.step, seconds)
         attempt.on_metrics(metrics)
+        check_upload()  # steps after a checkpoint that was not saved would have to be repeated
 
     return on_metrics
 

@@ -524,9 +524,11 @@ def test_bad_rows_end_with_65_before_a_model_is_loaded(inputs: Inputs, tmp_path:
 
 
 def test_training_that_diverges_ends_with_70(inputs: Inputs) -> None:
-    """With words, no results, and a code that no platform starts again; a checkpoint of NaN is never written."""
+    """With words, a warning before, no results, and a code that no platform starts again; no checkpoint has NaN."""
     ended = run(inputs, "diverges", JOB_TRAIN__LEARNING_RATE="1e18", JOB_CHECKPOINT__EVERY_STEPS="1")
     assert ended.code == 70
+    (warned,) = [line for line in ended.lines if line["event"] == "the learning rate is very high"]
+    assert (warned["level"], warned["setting"]) == ("warning", "JOB_TRAIN__LEARNING_RATE")
     assert TrainingFailed.retry == "no"
     (error,) = errors(ended)
     assert error["event"] == "TrainingFailed"

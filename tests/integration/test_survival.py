@@ -344,6 +344,8 @@ def test_full_disk(environment: dict[str, str], undisturbed: dict[str, str], tmp
     if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount")
     changes = {"JOB_RUN__ID": "full", "JOB_RUN__OUTPUT": str(small)}
+    # One checkpoint is to be kept, so the run may begin; but none is deleted before it is an hour old.
+    changes |= {"JOB_CHECKPOINT__KEEP": "1", "JOB_CHECKPOINT__SETTLE_SECONDS": "3600"}
     clean = {name: value for name, value in os.environ.items() if not name.startswith("JOB_")}
     done = subprocess.run(
         ["unshare", "-m", "sh", "-c", script],

@@ -46,6 +46,29 @@ def test_all_problems_are_told_with_the_code_of_the_first_kind() -> None:
     assert isinstance(combine([("a", AccessDenied("x")), ("b", data_error(1))]), DataError)
 
 
+@pytest.mark.parametrize(
+    ("kind", "count", "once"),
+    [(DataError, 2, False), (DataError, 3, True), (DataError, 30, True), (SettingsError, 3, False)],
+)
+def test_a_fix_that_many_rows_have_is_said_once(kind: type[DataError | SettingsError], count: int, once: bool) -> None:  # noqa: FBT001
+    """At the end, before the advice that is given; a fix of one row alone stays with it."""
+    problems = [
+        Problem("x:0", "is odd; even; mend it"),
+        *(Problem(f"x:{n}", "is bad; mend") for n in range(1, count + 1)),
+    ]
+    found = kind(problems, advice="skip them")
+    shown = [str(one) for one in found.problems]
+    assert shown[:2] == ["x:0: is odd; even; mend it", "x:1: is bad" if once else "x:1: is bad; mend"]
+    assert str(found).splitlines()[-2:] == (["mend", "skip them"] if once else [shown[-1], "skip them"])
+    assert found.total == count + 1
+
+
+def test_the_advice_of_two_errors_is_said_once() -> None:
+    """A line that both have is one line."""
+    one, other = (DataError([Problem("x", "is bad")], advice=f"{name}\nskip them") for name in ("long", "empty"))
+    assert str(combine([("a", one), ("b", other)])).splitlines()[2:] == ["long", "skip them", "empty"]
+
+
 @pytest.mark.parametrize("kind", [AccessDenied, Unreachable])
 def test_errors_without_problems_are_one_line(kind: type[JobError]) -> None:
     """Two services that fail are named in one message."""
@@ -89,6 +112,8 @@ def test_a_place_is_named_by_its_setting() -> None:
     """The path follows the setting; errors that are not about data pass as they are."""
     with pytest.raises(DataError, match=r"^JOB_DATA__SOURCE: /x does not exist$"), named_by("JOB_DATA__SOURCE"):
         raise DataError([Problem("/x", "does not exist")])
+    with pytest.raises(DataError, match=r"^S: /x no\n\.\.\. and 1 more\nmend$"), named_by("S"):
+        raise DataError([Problem("/x", "no")], 2, "mend")
     with pytest.raises(SettingsError, match=r"^JOB_MODEL__ID: s3://b: no$"), named_by("JOB_MODEL__ID", ": "):
         raise SettingsError([Problem("s3://b", "no")])
     with pytest.raises(Unreachable, match=r"^silence$"), named_by("JOB_DATA__SOURCE"):

@@ -1,8 +1,11 @@
-"""The tests themselves: what one of them logs, and how, is not heard in the next."""
+"""What one test logs, and how, is not heard in the next; lines that handlers of signals write."""
 
 from __future__ import annotations
 
+import json
 import logging
+import re
+import sys
 
 import pytest
 import structlog
@@ -22,3 +25,25 @@ def test_a_test_finds_no_logging_of_another(time: int, capsys: pytest.CaptureFix
     heard = capsys.readouterr().err.splitlines()
     assert len(heard) == 1
     assert f'"run": "r{time}"' in heard[0]
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_a_handler_of_a_signal_writes_as_the_log_does(log_format: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """With the fields of its lines, in its format, while the log itself is being written."""
+    log.configure(log_format, "info", run="one")
+    sys.stderr.write("in the buf")
+    log.write_line("the end", exit_code=75)
+    sys.stderr.write("fer")
+    sys.stderr.flush()
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "the end" in line]
+    if log_format == "json":
+        line = line.removeprefix("in the buf")
+        fields = json.loads(line[: line.rindex("}") + 1])
+        assert (fields["event"], fields["run"], fields["exit_code"], fields["level"]) == (
+            "the end",
+            "one",
+            75,
+            "warning",
+        )
+    else:
+        assert re.search(r"\d\d-\d\d \d\d:\d\d:\d\d \[warning  \] the end exit_code=75", line)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +116,48 @@ signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 os.kill(os.getpid(), signal.SIGTERM)
 cli.main = lambda: 0"""
     assert ended(script).returncode == 75
+
+
+INTERRUPT = "import os, signal, weakref\ninterrupt = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
+IMPORTED = """
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "torch": interrupt()
+sys.meta_path.insert(0, Finder())
+def dispatch(words):
+    try: import torch
+    except BaseException: raise ValueError("a library's own words")
+cli._dispatch = dispatch"""
+FORGOTTEN = """
+def main():
+    thing = type("Thing", (), {})(); watch = weakref.ref(thing, interrupt); del thing
+    return 1
+cli.main = main"""
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["cli.main = interrupt", IMPORTED, FORGOTTEN],
+    ids=["at once", "turned into another error while a library is imported", "in a callback that forgets it"],
+)
+def test_ctrl_c_ends_a_command_without_a_traceback(script: str) -> None:
+    """By the signal, as other programs: a shell shows 130, and ends a loop around it."""
+    done = ended(f"{INTERRUPT}{script}\nsys.argv[1:] = ['status', 'x']")
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+@pytest.mark.parametrize("words", [[], ["export", "x"]])
+def test_ctrl_c_before_a_run_has_its_handlers_is_a_preemption(words: list[str]) -> None:
+    """In one line, with the exit code that it has a moment later."""
+    done = ended(f"{INTERRUPT}cli.main = interrupt\nsys.argv[1:] = {words}")
+    line = {"event": "stopped by SIGINT", "level": "error", "exit_code": 75}
+    assert (done.returncode, json.loads(done.stderr)) == (75, line)
+
+
+def test_an_interrupt_that_the_parent_ignores_stays_ignored() -> None:
+    """As of a job in the background of a script."""
+    script = f"{INTERRUPT}signal.signal(signal.SIGINT, signal.SIG_IGN)\ncli.main = lambda: interrupt() or 3"
+    assert ended(script).returncode == 3
 
 
 def test_characters_without_bytes_are_printed_as_escapes() -> None:

@@ -92,13 +92,39 @@ def test_help_of_settings(words: str, described: set[str], capsys: pytest.Captur
     assert "usage" not in shown
 
 
-def test_help_of_no_setting(capsys: pytest.CaptureFixture[str]) -> None:
-    """It is said, and the list follows. The words are not repeated, since the value of a setting may be a secret."""
-    assert main(["run", "--help", "--judge.key=sk-mistyped"]) == 0
-    shown = capsys.readouterr().out
-    assert shown.startswith("The words after --help are in no setting's name.\n\nusage: qlora-job run")
-    assert "learning_rate" in shown
-    assert "sk-mistyped" not in shown
+OF_COMMAND = "The words after --help are in no setting's name"
+OF_ALL = "The words after --help are no command, and in no setting's name"
+
+
+@pytest.mark.parametrize(
+    ("words", "first"),
+    [
+        ("run --help --judge.key=sk-mistyped", f"{OF_COMMAND}; similar: eval.judge_key, sign.key, storage.kms_key_id."),
+        ("plan -h zzz", f"{OF_COMMAND}."),
+        ("export --help warmpu", f"{OF_COMMAND}; similar: train.warmup_steps, train.warmup_ratio."),
+        ("--help zzz", f"{OF_ALL}."),
+        ("--help lr", f"{OF_ALL}; similar: train.learning_rate, train.min_lr_ratio."),
+        ("--help modle", f"{OF_ALL}; similar: the group model, lora.target_modules, lora.modules_to_save."),
+        ("--help verfy", f"{OF_ALL}; similar: the command verify."),
+        ("help me", OF_ALL.replace("--help", "help") + "."),
+    ],
+)
+def test_help_of_no_setting(words: str, first: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is said with similar names, and all follows. No word is repeated: the value of a setting may be a secret."""
+    assert main(words.split()) == 0
+    line, empty, usage_line, *_ = capsys.readouterr().out.splitlines()
+    assert (line, empty) == (first, "")
+    assert usage_line.startswith("usage: qlora-job ")
+
+
+@pytest.mark.parametrize(
+    ("word", "group"), [("training", "train"), ("checkpointing", "checkpoint"), ("train", ""), ("rank", "")]
+)
+def test_help_of_a_word_like_a_group(word: str, group: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The group is named before the settings with the word in their names."""
+    assert main(["run", "--help", word]) == 0
+    first = capsys.readouterr().out.partition("\n")[0]
+    assert (first == f"`--help {group}` describes the group {group}.") == bool(group)
 
 
 def test_help_shows_documentation_and_default() -> None:

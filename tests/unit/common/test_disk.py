@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from job.common.disk import atomic_write, disk_errors
+from job.errors import Unreachable
 
 
 def test_landing_leaves_nothing_of_a_failure(tmp_path: Path) -> None:
@@ -37,3 +38,15 @@ def test_absence_passes_through() -> None:
     """`FileNotFoundError` is an answer, and not turned into a failure of the disk."""
     with pytest.raises(FileNotFoundError), disk_errors("a: cannot read"):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "a")
+
+
+def test_a_full_disk_is_the_one_that_was_written_to(tmp_path: Path) -> None:
+    """Of a copy, the folder of the second file; its own name is that of a temporary one, which is gone by then."""
+    said = os.strerror(errno.ENOSPC)
+    with pytest.raises(Unreachable) as raised, disk_errors("store: cannot write a"):
+        raise OSError(errno.ENOSPC, said, "/source/a", None, tmp_path / "target" / "b.part")
+    assert str(raised.value) == (
+        f"store: cannot write a: the disk is full ({said}, {tmp_path}/target); free space, or give it more"
+    )
+    with pytest.raises(Unreachable, match=rf"is full \({said}, /target/a\)"), disk_errors("cannot write"):
+        raise OSError(errno.ENOSPC, said, "/target/a")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from job.checkpoints import optimizer_state
-from job.common.optimizers import OPTIMIZERS, OptimizerSpec, substitute, trainer_name
+from job.common.optimizers import OPTIMIZERS, OptimizerSpec, substitute, too_high, trainer_name
 from job.common.resources import checkpoint_bytes
 from job.settings.schema import Train
 from job.training.flat_parameters import FlatParameters
@@ -125,3 +125,25 @@ def test_muon_on_the_flat_adapter_is_torchs_own() -> None:
         optimizer = FlatMuon(flat.whole, flat.views, lr=1.0, weight_decay=0.2)
         optimizer.load_state_dict(optimizer_state.join(*saved))
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name, spec in OPTIMIZERS.items() if "cpu" in spec.devices])
+def test_a_step_is_about_the_rate(name: str) -> None:
+    """With every optimizer, however large the gradient, so that one bound holds for the rates of all."""
+    optimizer, parameter = make(name)
+    parameter.grad = torch.full_like(parameter, 1000)
+    before = parameter.detach().clone()
+    optimizer.step()
+    change = float((parameter.detach() - before).abs().max()) / optimizer.param_groups[0]["lr"]
+    assert 0.01 < change < 10
+
+
+@pytest.mark.parametrize(
+    ("rate", "noted"), [(0, False), (2e-4, False), (0.1, False), (0.11, True), (2, True), (1e9, True)]
+)
+def test_a_rate_that_is_likely_a_mistake(rate: float, noted: bool) -> None:  # noqa: FBT001
+    """It is named, with the default."""
+    why = too_high(rate)
+    assert (why is not None) == noted
+    assert why is None or why.startswith(f"{rate:g} is likely a mistake: ")
+    assert why is None or why.endswith(f"the default is {Train().learning_rate:.0e}".replace("e-04", "e-4"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,15 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from job.common import resources
-from job.common.resources import MARGIN_BYTES, check_disk, check_shared_memory, checkpoint_bytes, required_bytes
+from job.common.resources import (
+    MARGIN_BYTES,
+    check_disk,
+    check_shared_memory,
+    checkpoint_bytes,
+    disk_space,
+    output_bytes,
+    required_bytes,
+)
 from job.errors import Unreachable
 
 SIZES = st.integers(0, 1 << 50)
@@ -59,6 +68,27 @@ def test_a_disk_that_cannot_be_measured_is_an_error(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(shutil, "disk_usage", fails)
     with pytest.raises(Unreachable, match="Input/output error"):
         check_disk(tmp_path, 0)
+
+
+@pytest.mark.parametrize(("user", "writable"), [(0, 700), (1000, 500)])
+def test_root_may_use_what_is_reserved(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, user: int, writable: int
+) -> None:
+    """Of 1000 bytes 300 are used, and 200 are kept for root."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 300, 500))
+    monkeypatch.setattr(resources.os, "geteuid", lambda: user)
+    space = disk_space(tmp_path / "not" / "there")
+    assert (space.total, space.free, space.writable) == (1000, 500, writable)
+    assert space.shares(disk_space(tmp_path))
+    assert not space.shares(replace(space, device=space.device + 1))
+
+
+@pytest.mark.parametrize(
+    ("keep", "saves", "others", "most"), [(2, 5, 0, 30), (2, 2, 5, 25), (2, 5, 9, 30), (1, 0, 7, 7)]
+)
+def test_results_need_room_for_checkpoints_or_what_follows(keep: int, saves: int, others: int, most: int) -> None:
+    """One more checkpoint than are kept, for a moment; then the rest beside those that are kept."""
+    assert output_bytes(10, keep=keep, saves=saves, others=others) == most
 
 
 @given(st.lists(SIZES, max_size=4), SIZES)

@@ -24,7 +24,60 @@ def test_all_faults_are_counted_and_twenty_named(tmp_path: Path) -> None:
         f"{path}:2 output",
         f"{path}:3 instruction",
     ]
-    assert str(caught.value).splitlines()[-2] == "... and 40 more"
+    assert str(caught.value).splitlines()[20:] == [
+        "... and 40 more",
+        f"problems of {path} by kind: 30: {REASONS['wrong_type']}; 30: {REASONS['empty_target']}",
+        CORRECT.format("rows"),
+    ]
+
+
+CORRECT = "correct the {}, or set JOB_DATA__ON_BAD_ROW=skip to skip and count invalid rows"
+SHORTEN = "raise JOB_TRAIN__MAX_LENGTH, or set JOB_DATA__ON_LONG_ROW to skip, truncate or split long rows"
+CONVERT = "convert a text file to UTF-8: iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW, if it is of Windows or Latin-1"
+CORRECT_LATER = CORRECT.replace("=skip to", "=skip once the file is UTF-8, to")
+LONG, EMPTY = b'{"text": "%s"}' % (b"0" * 40), b'{"text": ""}'
+LATIN, HALF = '{"text": "für"}'.encode("latin-1"), b'{"text": "\\ud800"}'
+
+
+@pytest.mark.parametrize(
+    ("rows", "advice"),
+    [
+        ([LONG], [SHORTEN]),
+        ([EMPTY], [CORRECT.format("rows")]),
+        ([LATIN], [CONVERT]),
+        ([b"\xfc\xdf"], [CONVERT]),
+        ([HALF], []),
+        ([LONG, EMPTY, LONG], [SHORTEN, CORRECT.format("other rows")]),
+        ([LATIN, LONG], [SHORTEN, CONVERT]),
+        ([EMPTY, LATIN, LONG], [SHORTEN, CONVERT, CORRECT_LATER.format("other rows")]),
+    ],
+)
+def test_the_advice_of_each_kind_that_occurs_ends_the_message(
+    tmp_path: Path, rows: list[bytes], advice: list[str]
+) -> None:
+    """Each once, behind the rows; to skip rows is no advice for a file in another encoding."""
+    with pytest.raises(DataError) as caught:
+        load(lines(tmp_path / "x.jsonl", *rows), schema="text", max_length=30)
+    assert str(caught.value).splitlines()[len(rows) :] == advice
+    assert caught.value.advice == "\n".join(advice)
+
+
+def test_the_advice_of_a_kind_that_is_not_shown(tmp_path: Path) -> None:
+    """It is counted and advised, though the first twenty problems are of another kind."""
+    with pytest.raises(DataError) as caught:
+        load(lines(tmp_path / "x.jsonl", *[LONG] * 1200, EMPTY), schema="text", max_length=30)
+    assert str(caught.value).splitlines()[20:] == [
+        "... and 1,181 more",
+        f"problems of {tmp_path / 'x.jsonl'} by kind: 1: {REASONS['empty_target']}; 1,200: {REASONS['too_long']}",
+        SHORTEN,
+        CORRECT.format("other rows"),
+    ]
+
+
+def test_rows_that_are_not_utf8_can_still_be_skipped(tmp_path: Path) -> None:
+    """They are counted under their kind, wherever the invalid text is from."""
+    examples, record = load(lines(tmp_path / "x.jsonl", LATIN, HALF, b'{"text": "a"}'), on_bad_row="skip")
+    assert (len(examples), record.skipped) == (1, {"broken_utf8": 2})
 
 
 def test_a_row_that_is_too_long_names_its_longest_field(tmp_path: Path) -> None:

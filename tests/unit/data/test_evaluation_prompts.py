@@ -83,8 +83,15 @@ def test_files_that_hold_no_prompts_or_too_many(tmp_path: Path) -> None:
     """None, more than can be answered, no text, no template for messages, and no file are refused with the reason."""
     (tmp_path / "none.txt").write_text("\n")
     (tmp_path / "many.txt").write_text("a\n" * (MAX_PROMPTS + 1))
-    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
-    for name, what in (("none.txt", "holds no prompts"), ("many.txt", "more than 1,000"), ("bytes.txt", "UTF-8")):
+    (tmp_path / "wide.txt").write_text("a", encoding="utf-16")
+    (tmp_path / "latin.txt").write_text("a\nfür\n", encoding="latin-1")
+    files = (
+        ("none.txt", "holds no prompts"),
+        ("many.txt", "more than 1,000"),
+        ("wide.txt", "is UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8 wide.txt > NEW"),
+        ("latin.txt", "latin.txt:2: is not valid UTF-8 text; convert a text file to UTF-8: iconv -f WINDOWS-1252"),
+    )
+    for name, what in files:
         with pytest.raises(DataError, match=what):
             read(tmp_path / name)
     with pytest.raises(DataError, match="no chat template"):

@@ -14,9 +14,9 @@ import structlog
 from job.common.source_list import Source, locate_sources, parse_sources
 from job.data import sources
 from job.data.notes import Notes
-from job.data.sources import check_source
+from job.data.sources import check_source, copies_named_as_given
 from job.data.token_cache import load_tokens
-from job.errors import DataError, Preempted, SettingsError
+from job.errors import DataError, Preempted, Problem, SettingsError
 from tests.helpers import READING, encoded
 from tests.toy_tokenizer import toy_tokenizer
 from tests.unit.data.test_dataset import lines, load, text_of
@@ -117,7 +117,7 @@ def test_what_one_would_not_expect_is_told(tmp_path: Path) -> None:
         "all answers have the same label, so training cannot learn a difference",
     ]
     long = lines(tmp_path / "long.jsonl", {"prompt": "p " * 90, "completion": "a"})
-    with pytest.raises(DataError, match=r"the 32 tokens that it is cut to \(JOB_TRAIN__MAX_LENGTH\) contain no token"):
+    with pytest.raises(DataError, match=r"the 32 tokens that it is cut to contain no token of the completion; raise"):
         load(long, loss_on="completion", max_length=32, on_long_row="truncate")
 
 
@@ -315,3 +315,11 @@ def test_a_copy_from_a_store_is_called_by_its_uri(
         load_tokens(source, None, **tokens) if cached else load(source, name=given)
     assert says in str(raised.value)
     assert str(tmp_path) not in str(raised.value)
+
+
+def test_several_copies_are_called_by_their_uris() -> None:
+    """Each by its own; what the user gave as a path is not rewritten."""
+    given = {"/work/q/a": "gs://b/a", "c.jsonl": "./c.jsonl"}
+    with pytest.raises(DataError) as raised, copies_named_as_given(given):
+        raise DataError([Problem("/work/q/a", "is empty, like ./c.jsonl")])
+    assert str(raised.value) == "gs://b/a: is empty, like ./c.jsonl"

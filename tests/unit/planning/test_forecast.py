@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 
 from job.common.gpu_context import CONTEXT_BYTES
 from job.common.resources import MARGIN_BYTES as RESERVED
+from job.common.resources import OTHER_OUTPUT_BYTES, DiskSpace, checkpoint_bytes
+from job.errors import Unreachable
 from job.model.architecture import Architecture
 from job.planning import forecast_time, run_shape, time_model
+from job.planning import plan as plan_module
 from job.planning.auxiliary_models import AuxiliaryModel, count_weights, judging, screening
-from job.planning.forecast import estimates, forecast_gpu
+from job.planning.forecast import disk_bytes, estimates, forecast_gpu
 from job.planning.forecast_input import EVALUATIONS, ForwardWork, RunShape
 from job.planning.forecast_memory import scoring_bytes
 from job.planning.forecast_time import DOWNLOAD_RATE, LOADING_RATE, START_SECONDS
@@ -772,3 +775,51 @@ def test_a_machine_that_may_lack_main_memory_is_not_recommended() -> None:
     assert "fastest: L4," in text
     assert re.search(r"^X .* yes, with 41\.1 GiB of main memory ", text, re.MULTILINE)
     assert "cheapest" not in as_table(Plan("a run", CHECKED, (), (unknown,), None, ()))
+
+
+def test_results_in_a_folder_take_disk() -> None:
+    """Checkpoints, one more than are kept; or what follows training beside those that are kept. Nothing in a bucket."""
+
+    def output(run: RunShape, *words: str) -> int | None:
+        return plan_module._output_bytes(load_settings(list(words), {}), run)
+
+    checkpoint, adapter = checkpoint_bytes(REFERENCE.adapter, REFERENCE.optimizer), 4 * REFERENCE.adapter
+    assert output(RUN) == output(replace(RUN, workload=None)) == 3 * checkpoint + OTHER_OUTPUT_BYTES
+    assert output(RUN, "--checkpoint.every_steps=50") == 2 * checkpoint + adapter + OTHER_OUTPUT_BYTES
+    exports = 2 * REFERENCE.adapter + EXPORT.format_bytes("gguf:q8_0")
+    assert output(EXPORT) == adapter + exports + OTHER_OUTPUT_BYTES
+    assert output(EXPORT, "--export.formats=merged") == output(EXPORT) + EXPORT.format_bytes("merged")  # type: ignore[operator]
+    assert output(replace(RUN, first_stage=RUN)) == output(RUN) + 2 * checkpoint + adapter  # type: ignore[operator]
+    assert output(RUN, "--model.keep_quantized=store") == output(RUN) + memory_model.weight_bytes(REFERENCE)  # type: ignore[operator]
+    assert output(RUN, "--run.output=s3://bucket/runs") is output(replace(RUN, setup=None)) is None
+
+
+def test_the_disk_of_the_results_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of its own has a line of its own; one that the temporary files share needs both sums."""
+    large = DiskSpace(1, 1 << 40, 1 << 40, 1 << 40)
+    spaces, needs, need = {"mine": large, "cache": replace(large, device=2)}, list[int](), 1000
+    monkeypatch.setattr(plan_module, "disk_space", lambda folder: spaces[folder.name])
+
+    def check(folder: Path, need: int) -> None:
+        needs.append(need)
+        if spaces[folder.name].free < need:
+            raise Unreachable("too little; name another one by JOB_STORAGE__CACHE")
+
+    monkeypatch.setattr(plan_module, "check_disk", check)
+    settings = load_settings(["--run.output=/out", "--run.id=mine", "--storage.cache=/cache"], {})
+    (disk,) = plan_module._disks(settings, RUN, None)
+    assert "results" not in disk.what
+    disk, results = plan_module._disks(settings, RUN, need)
+    assert (disk.name, disk.state, results.name, results.state) == ("disk", "ok", "output disk", "ok")
+    spaces["mine"] = replace(large, writable=need - 1)
+    _, results = plan_module._disks(settings, RUN, need)
+    assert (results.state, results.error) == ("note", None)
+    assert all(words in results.what for words in ("JOB_RUN__OUTPUT: about", "/out/mine has 999 B", "KEEP=1"))
+    spaces["cache"] = large
+    (disk,) = plan_module._disks(settings, RUN, need)
+    assert "1000 B of them for results in /out/mine" in disk.what
+    assert needs == [disk_bytes(RUN)] * 3 + [disk_bytes(RUN) + need]
+    spaces["mine"] = spaces["cache"] = replace(large, free=disk_bytes(RUN) + need - 1)
+    (disk,) = plan_module._disks(settings, RUN, need)
+    assert disk.state == "note"
+    assert "JOB_STORAGE__CACHE, or by JOB_RUN__OUTPUT, 1000 B of them for results" in disk.what

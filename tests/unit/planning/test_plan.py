@@ -595,3 +595,23 @@ def test_prompts_of_validation_rows_are_counted(given: Path, capsys: pytest.Capt
     assert check() == ("ok", "3 of the 4 rows for validation")
     assert check("--eval.prompts=5") == ("note", "5 of the rows for validation, of which there are only 4")
     assert check(f"--data.source={given / 'none.jsonl'}")[0] == "not checked"
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--train.learning_rate=0.1", []),
+        ("--train.learning_rate=1e9", ["JOB_TRAIN__LEARNING_RATE: 1e+09"]),
+        (
+            "--train.method=sft,dpo --data.sft_source=a.jsonl --train.learning_rate=2 --train.sft_learning_rate=3",
+            ["JOB_TRAIN__SFT_LEARNING_RATE: 3", "JOB_TRAIN__LEARNING_RATE: 2"],
+        ),
+        ("--export.run=runs/x --export.formats=merged --train.learning_rate=2", []),
+    ],
+)
+def test_a_learning_rate_that_is_likely_a_typo_is_noted(words: str, named: list[str]) -> None:
+    """Of each training stage; it is no error."""
+    settings = load_settings(["--preset=demo", *words.split()], {})
+    notes = list(plan_module._learning_rates(settings))
+    assert [note.what.partition(" is likely")[0] for note in notes] == named
+    assert all((note.state, note.error) == ("note", None) for note in notes)

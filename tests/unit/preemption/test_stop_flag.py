@@ -152,7 +152,9 @@ class TestSignals:
         """Exit code 75 without waiting for anything, also for a container's first process, which the kernel shields."""
         program = (
             "import signal, time\n"
+            "from job import log\n"
             "from job.preemption.stop_flag import stop_on_signals\n"
+            "log.configure('json', 'info', run='one')\n"
             "with stop_on_signals(60) as stop:\n"
             "    print('ready', flush=True)\n"
             "    while not stop(): time.sleep(0.01)\n"
@@ -164,8 +166,9 @@ class TestSignals:
             command = ["unshare", "--pid", "--fork", "--mount-proc", *command]
             if subprocess.run([*command[:4], "true"], check=False, capture_output=True).returncode:
                 pytest.skip("this machine lends no process namespaces")
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
+            assert process.stderr is not None
             assert process.stdout.readline() == "ready\n"
             target = _child(process.pid) if as_first_process else process.pid
             os.kill(target, signal.SIGTERM)
@@ -173,6 +176,22 @@ class TestSignals:
             time.sleep(SAME_REQUEST_SECONDS + 0.1)
             os.kill(target, second)
             assert process.wait(50) == 75
+            (line,) = map(json.loads, process.stderr.readlines())
+            assert line["event"].startswith(f"a second signal ({second.name}) ends the process at once, without saving")
+            assert "start the run again with the same id: it goes on after its last checkpoint" in line["event"]
+            assert (line["run"], line["exit_code"], line["level"]) == ("one", 75, "warning")
+
+    def test_one_process_of_several_says_it(
+        self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        """The others end without a line of their own."""
+        monkeypatch.setattr(stop_flag, "SAME_REQUEST_SECONDS", -1.0)
+        monkeypatch.setattr(os, "_exit", lambda _code: None)
+        for says_end in (False, True):
+            with stop_on_signals(says_end=says_end):
+                signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
+            assert capfd.readouterr().err.count("a second signal (SIGTERM)") == says_end
 
     def test_what_waits_too_long_ends_before_it_is_killed(self) -> None:
         """A store that throttles may keep it for longer than its grace: code 75. Another's signal ends nothing."""
@@ -221,11 +240,13 @@ class TestSignals:
             f"        if number == 0 or number > {10 if again else 10**9}: os.kill(os.getpid(), signal.SIGTERM)\n"
             "        time.sleep(0.01)\n"
             "        now[0] += 10\n"
-            f"with stop_flag.stop_on_signals({grace}, lambda message: {report}):\n"
+            f"with stop_flag.stop_on_signals({grace}, lambda message: print(message, flush=True) or {report}):\n"
             "    Timer(0.05, ask).start()\n"
             "    while True: libc.pthread_mutex_lock(lock)\n"
         )
-        assert subprocess.run([sys.executable, "-c", program], check=False, timeout=50).returncode == code
+        done = subprocess.run([sys.executable, "-c", program], check=False, timeout=50, stdout=subprocess.PIPE)
+        assert (done.returncode, b"a second signal ends" in done.stdout) == (code, again)
+        assert (b"the grace period is over" in done.stdout) != again
 
     def test_a_grace_of_days_is_watched_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Longer than the system waits at once, the most that the setting allows; the time is up when all of it is."""

@@ -17,6 +17,7 @@ import pytest
 from job import log
 from job.checkpoints import checkpoint_store
 from job.common.hashing import sealed, unsealed
+from job.common.process_identity import this_process
 from job.errors import DataError, JobError, NoProgress, Preempted, Problem, SettingsError
 from job.preemption.stop_flag import StopFlag
 from job.records import Artifact, ExportedRun, TrainingProgress
@@ -150,6 +151,43 @@ def test_an_attempt_without_a_sign_of_life_is_stalled(tmp_path: Path) -> None:
     )
 
 
+def test_an_attempt_whose_process_is_gone_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the machine on which it ran this is seen at once, while its last record still says that it runs."""
+    run, own = tmp_path / "run", this_process()
+    assert own is not None
+    monkeypatch.setattr("job.runs.attempt.this_process", lambda: replace(own, started=own.started - 1))
+    with attempt_at(run, killed=True) as attempt, attempt.timed(Stage.TRAIN):
+        train(attempt)
+    found = seen(run)
+    assert (found.state, found.last_end) == ("killed", AttemptEnd(1, "killed", None, None, None, None))
+    assert headline(found).startswith("killed: the attempt's process is gone and recorded no end; the next attempt")
+    text = "\n".join(as_lines(found))
+    assert "7 of 96 (when the attempt ended)" in text
+    assert "killed, or ended by a second signal: its end was not recorded" in text
+    assert seen(run, 2 * STALLED_SECONDS).state == "killed"
+    monkeypatch.setattr("job.runs.attempt.this_process", lambda: None)  # as in records of earlier versions
+    with attempt_at(run, killed=True):
+        assert seen(run).state == "running"
+    assert "killed, replaced by a later attempt, or ended by a second signal: its end" in "\n".join(as_lines(seen(run)))
+
+
+def test_an_end_that_is_recorded_while_the_records_are_read_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is gone by now may have recorded its end after `status` read that it runs."""
+    run = tmp_path / "run"
+
+    def ends(_process: object) -> bool:
+        with suppress(Preempted):
+            opening.__exit__(Preempted, Preempted("stopped by SIGTERM"), None)
+        return True
+
+    monkeypatch.setattr("job.results.status.has_ended", ends)
+    opening = attempt_at(run)
+    opening.__enter__()
+    assert seen(run).state == "preempted"
+
+
 def test_a_preempted_run_waits(tmp_path: Path) -> None:
     """It says why the attempt ended, at which stage and step, and what is saved."""
     run = tmp_path / "run"
@@ -209,8 +247,11 @@ def test_an_idle_run_has_failed(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(JobError), attempt_at(run, idle=IdleLimit(1)):
         raise Preempted("stopped by SIGTERM")
-    words = "failed with code 71 (several attempts in a row made no progress)"
-    assert headline(seen(run)) == f"{words}; the next attempt resumes the run"
+    words, found = "failed with code 71 (several attempts in a row made no progress)", seen(run)
+    assert headline(found) == f"{words}; the next attempt resumes the run"
+    [end] = [line for line in as_lines(found) if "attempt 1 ended" in line]
+    assert words in end
+    assert "preempted with" not in end
 
 
 def test_a_stall_is_recorded_before_the_watchdog_ends_the_process(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
+from job import log
 from job.checkpoints import checkpoint_store
 from job.common.hashing import sealed
 from job.errors import DataError, JobError, NoProgress, Preempted, Replaced, SettingsError, Unreachable
@@ -710,6 +711,33 @@ def stopped_attempts(store: LocalStore, cache: Path, limit: int, works: list[Cal
         except JobError as error:
             ends.append(type(error).__name__)
     return ends
+
+
+def test_why_too_many_attempts_ended_says_what_counts() -> None:
+    """A platform and a person read what progress is, that nothing is lost, and which setting allows more."""
+    message = IdleLimit(5, before=4).message
+    for words in ("without progress: 5", "a later stage than pull", "more scored questions", "the next start goes on"):
+        assert words in message
+    assert "JOB_RUN__MAX_IDLE_ATTEMPTS=5; 1000000 is as good as no limit" in message
+
+
+def test_the_next_attempt_says_that_the_one_before_recorded_no_end(
+    opened: Callable[..., AbstractContextManager[Attempt]], store: LocalStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once, also where nothing says that main memory was full; not of one that recorded its end."""
+    log.configure("json", "info")
+    with suppress(Preempted), opened():
+        raise Preempted("stopped by SIGTERM")
+    with opened():
+        pass
+    assert "recorded no end" not in capsys.readouterr().err
+    left = replace(parse_record(store.read(attempt_key(2)).data), outcome="running")  # type: ignore[union-attr]
+    store.write(attempt_key(2), sealed(asdict(left)))
+    with opened():
+        pass
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    (line,) = [line for line in lines if "the attempt before this one recorded no end: it was killed" in line["event"]]
+    assert (line["attempt_before"], line["level"]) == (2, "warning")
 
 
 def train_to(step: int) -> Callable[[Attempt], object]:

@@ -655,9 +655,29 @@ class TestWrongValues:
         """A forgotten value does not swallow the next option."""
         assert list(problems(arguments)) == ["command line --train.epochs"]
 
-    def test_a_stray_argument(self) -> None:
-        """What is no option is named by its place only, because it may be anything."""
-        assert list(problems(["--lora.rank=8", SECRET])) == ["command line, argument 2"]
+    @pytest.mark.parametrize(
+        ("arguments", "named"),
+        [
+            ("my-rows", {"my-rows": "the name of a run is given as --run.id my-rows, its data as --data.source PATH"}),
+            ("my rows", {"my": "--run.id my,", "rows": "--run.id rows,"}),
+            ("-v", {"-v": "`qlora-job --version` prints the version, `qlora-job --help` what can be given"}),
+            (f"-k={SECRET}", {"-k": "is not an option"}),
+            ("-train.epochs=3", {"-train.epochs": "has one dash; write --train.epochs"}),
+            ("x -v --lora.rnk=8", {"x": "--run.id x", "-v": "--help", "--lora.rnk": "the nearest is --lora.rank"}),
+        ],
+    )
+    def test_a_word_that_is_no_option(self, arguments: str, named: dict[str, str]) -> None:
+        """It is named, together with all others, with what may be meant."""
+        found = problems(arguments.split())
+        assert list(found) == [f"command line {word}" for word in named]
+        assert all(words in found[f"command line {word}"] for word, words in named.items())
+
+    @pytest.mark.parametrize("arguments", [["--lora.rank=8", SECRET], ["-k", SECRET], ["-v", f"-{SECRET}"]])
+    def test_a_stray_argument_behind_an_option(self, arguments: list[str]) -> None:
+        """It is named by its place only, because it may be anything."""
+        found = problems(arguments)
+        assert list(found)[-1] == "command line, argument 2"
+        assert SECRET not in str(found)
 
     @pytest.mark.parametrize("spelling", ["train__epochs", "train-epochs", "TRAIN_EPOCHS"])
     def test_two_spellings_of_one_hyperparameter(self, sagemaker: Callable, spelling: str) -> None:

@@ -48,7 +48,7 @@ FOLDER = "artifacts/export/merged/"
 
 def check(attempt: Attempt, settings: Settings, original: Path, loaded: Loaded) -> Candidates:
     """`check_export` by the settings of a run."""
-    return check_export(attempt, settings.export, settings.gate.on, original, loaded)
+    return check_export(attempt, settings.export, settings.gate.on, original, loaded).merges
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,23 @@ def test_full_disk_leaves_the_store_intact(
     assert hidden_files(root) == ["lock"]
 
 
+def test_an_upload_to_a_full_disk_does_not_name_its_source(
+    store: LocalStore, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`shutil.copyfile` names both files, whichever disk is full."""
+    (tmp_path / "source").write_bytes(b"x")
+
+    def sendfile(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "sendfile", sendfile)
+    with pytest.raises(Unreachable) as raised:
+        store.upload(tmp_path / "source", "a")
+    assert f"{root}: cannot write a: the disk is full" in str(raised.value)
+    assert f", {root}/" in str(raised.value)
+    assert "source" not in str(raised.value)
+
+
 def test_failing_disk_is_unreachable(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """An input/output error of the disk is worth another try elsewhere."""
 
