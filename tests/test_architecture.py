@@ -21,7 +21,8 @@ SOURCES = {
     for path in sorted((ROOT / "job").rglob("*.py"))
 }
 
-READS_THE_ENVIRONMENT = {"settings.load"}
+READS_THE_ENVIRONMENT = {"settings.load", "storage.credential_variables"}
+"""The latter what the clouds' clients read themselves: whether they would repeat a secret in their errors."""
 SETS_THE_ENVIRONMENT = {"cli.library_variables", "log"}
 """They tell libraries something before these are imported; they read nothing."""
 

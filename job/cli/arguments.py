@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Literal
 
-from job.errors import Problem, SettingsError, exit_codes
+from job.common.secrets_in_text import secret_in, shown
+from job.errors import Problem, SettingsError, exit_codes, raise_problems
 
 _RUN_HELP = "path or URI of a finished run: its folder, or the results.json in it"
 _POINTER_HELP = f"{_RUN_HELP}; or of a pointer that `promote` wrote"
@@ -308,6 +309,9 @@ def parse_arguments(argv: Sequence[str], arguments: Sequence[Argument]) -> Argum
                 parsed.options[name] = value
         else:
             problems.append(Problem(name, f"is unknown; {_instead(name, options)}"))
+    # Refused before other problems, which repeat words; a setting among them is checked by its type.
+    words = [*((shown(run), run) for run in parsed.runs), *parsed.options.items()]
+    raise_problems(Problem(where, secret) for where, word in words if (secret := secret_in(word)) is not None)
     missing = list(_missing(parsed, arguments))
     if problems and len(parsed.runs) > sum(argument.positional for argument in arguments):
         missing = missing[1:]  # the run that is one too many may be the value of the unknown option

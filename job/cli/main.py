@@ -13,6 +13,7 @@ from job.cli.error_report import report, translated
 from job.cli.library_variables import configure_azure
 from job.cli.output import print_text
 from job.common.interrupt import was_interrupted
+from job.common.secrets_in_text import shown
 from job.errors import Problem, SettingsError
 from job.settings.load import current_platform, environment, secrets
 
@@ -46,7 +47,9 @@ def _dispatch(argv: list[str]) -> int:
         return print_text(f"qlora-job {__version__}\n")
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         near = "".join(f"; the nearest is {name}" for name in get_close_matches(argv[0], COMMANDS, n=1))
-        raise SettingsError([Problem(argv[0], f"is not a command{near}; commands are {', '.join(shown_commands())}")])
+        raise SettingsError(
+            [Problem(shown(argv[0]), f"is not a command{near}; commands are {', '.join(shown_commands())}")]
+        )
     command = argv.pop(0) if argv and argv[0] in COMMANDS else "run"
     if HELP & set(argv):
         first = min(argv.index(word) for word in HELP & set(argv))

@@ -24,6 +24,7 @@ from pydantic import ConfigDict, ValidationError, with_config
 
 from job.common.formatting import timestamp
 from job.common.hashing import sealed, unsealed
+from job.common.secrets_in_text import secret_in
 from job.common.validation import adapter_of
 from job.errors import AccessDenied, GateError, Problem, Replaced, SettingsError, VerificationError
 from job.results.completed import read_complete
@@ -130,7 +131,11 @@ def _parsed(facts: dict[str, Any]) -> Pointer:
     previous, rolled_back = (
         _valid(tuple[Promoted, ...], tuple(facts.pop(name))) for name in ("previous", "rolled_back")
     )
-    return Pointer(_valid(Promoted, facts), previous, rolled_back)
+    pointer = Pointer(_valid(Promoted, facts), previous, rolled_back)
+    for promoted in (pointer.current, *previous, *rolled_back):
+        if (secret := secret_in(promoted.run)) is not None:
+            raise ValueError(f"the address of a run in it {secret}")
+    return pointer
 
 
 def _valid(kind: type[_T], value: Any) -> _T:

@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 
 from job.common.export_formats import split_name
 from job.common.findings import ALL, KINDS, Action
+from job.common.secrets_in_text import secret_in
 from job.common.source_list import is_single, parse_sources
 from job.storage.location import mistyped, schemes, unusable_bucket
 
@@ -111,10 +112,16 @@ def _host_port(text: str) -> str:
     return text
 
 
+def _without_secret(text: str) -> str:
+    if (secret := secret_in(text)) is not None:
+        raise ValueError(secret)
+    return text
+
+
 def _printable(text: str) -> str:
     if not text.isprintable():
         raise ValueError("has line breaks or control characters in it; remove them")
-    return text
+    return _without_secret(text)
 
 
 def split_items(value: object) -> object:
@@ -168,6 +175,7 @@ def _pairs(value: object) -> object:
         return value
     if value.lstrip().startswith("{"):
         return _parsed(value)
+    _without_secret(value)  # before it is divided
     pairs = [item.partition("=") for item in value.split(",")] if value.strip() else []
     if not all(equals for _, equals, _ in pairs):
         raise ValueError("must be name=value pairs separated by commas, such as a=x,b=y, or a JSON object")
@@ -200,9 +208,10 @@ def _json_object(value: object) -> object:
         raise ValueError('must be a JSON object whose keys are names, such as {"enable_thinking": false}')
     value = dict(value)  # a value copied from other settings, which are frozen, is a MappingProxyType
     try:
-        json.dumps(value, allow_nan=False)
+        text = json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
         raise ValueError("must contain JSON values only: text, numbers, true, false, null, lists and objects") from None
+    _without_secret(text)
     return value
 
 

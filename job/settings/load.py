@@ -17,6 +17,7 @@ from urllib.parse import quote, unquote
 
 from pydantic import ValidationError
 
+from job.common.secrets_in_text import is_key, signatures_in
 from job.distributed.ranks import Place, find_faults, find_machines, find_place, known_rank
 from job.errors import Problem, SettingsError, environment_name
 from job.platforms.detect import Platform, detect, is_foreign
@@ -55,6 +56,7 @@ _SECRET = re.compile(
     r"(?!.*(FILE|DIR|PATH)$)",
     re.IGNORECASE,
 )
+_KEY_FILE = re.compile(r"CREDENTIAL|SERVICE_ACCOUNT|TOKEN|_KEY|AWS_CONFIG_FILE")  # and the key itself by mistake
 _LOGIN = re.compile(r"://([^/:@\s]+:([^/\s]+)@)")  # in the address of a tracker or a proxy
 _HEADERS = re.compile(r"OTEL_EXPORTER_OTLP_(\w+_)?HEADERS")  # name=value pairs with commas, values escaped as in URLs
 _QUOTED = "has quotes around its value, which belong to it here, as in a file for Docker's --env-file; remove them"
@@ -268,7 +270,10 @@ def secrets(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
     environ = os.environ if environ is None else environ
     files = _secret_files(environ.get(environment_name(SECRETS_DIR)))
     texts = [*environ.items(), *files.items()]
-    secret_values = [value for name, value in texts if _SECRET.search(name)]
+    secret_values = [
+        value for name, value in texts if _SECRET.search(name) or (_KEY_FILE.search(name) and is_key(value))
+    ]
+    secret_values += [signature for _, value in texts for signature in signatures_in(value)]
     in_urls = [part for _, value in texts for login in _LOGIN.findall(value) for part in login]
     in_headers = [
         part
@@ -284,7 +289,7 @@ def secrets(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
 
 def _forms(secret: str) -> tuple[str, ...]:
     """A secret as it may be written: without white space around it, each line alone, and as in a URL."""
-    lines = [line.strip() for line in secret.splitlines()]
+    lines = [line.strip() for line in (*secret.splitlines(), *secret.split("\\n"))]  # JSON writes \n for its ends
     return (secret, *lines, *(form for line in lines for form in (quote(line), quote(line, ""), unquote(line))))
 
 

@@ -9,7 +9,7 @@ def azure_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """The fields of AZURE_STORAGE_CONNECTION_STRING by variable, without variables that are set already.
 
     Empty where there is none, or where AZURE_STORAGE_ACCOUNT_NAME names an account, too, which is then used.
-    A text that is no connection string names no account; obstore reports that when a store of Azure is opened.
+    A text that is no connection string names no account; that is reported when a store of Azure is opened.
     """
     text = environ.get("AZURE_STORAGE_CONNECTION_STRING", "")
     if not text or environ.get("AZURE_STORAGE_ACCOUNT_NAME"):

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
+from job.common.secrets_in_text import secret_in, shown
 from job.errors import Problem, SettingsError
 from job.storage.base import check_key
 
@@ -74,12 +75,15 @@ class Location:
         """Parses a URI of a store in the table, or a path.
 
         Raises:
-            SettingsError: It is empty, has another scheme, or a bucket or key that no store can have.
+            SettingsError: It is empty, has a secret in it, another scheme, or a bucket or key that no store can have.
         """
+        if (secret := secret_in(text)) is not None:
+            raise SettingsError([Problem(shown(text), secret)])
         scheme, separator, rest = text.partition("://")
         if not text or (separator and scheme not in schemes()):
             known = " nor ".join(f"{scheme}://bucket/prefix" for scheme in schemes())
-            raise SettingsError([Problem(text or "''", f"is neither {known} nor a path")])
+            # Another program's address: what is behind the ? may be a secret under any name.
+            raise SettingsError([Problem(shown(text) if separator else "''", f"is neither {known} nor a path")])
         if not separator:
             if (problem := mistyped(text)) is not None:
                 raise SettingsError([Problem(text, problem)])

@@ -21,6 +21,7 @@ from obstore.exceptions import (
 
 from job.errors import AccessDenied, JobError, Problem, SettingsError, Unreachable
 from job.storage.base import NotSupported
+from job.storage.credential_variables import GOOGLE_KEYS, given, is_given
 
 ABSENT = {"NoSuchKey", "BlobNotFound", "ResourceNotFound"}
 """Error codes by which the stores report that an object does not exist."""
@@ -98,16 +99,26 @@ _NO_CREDENTIALS = re.compile(
 )
 # An object's name, which may contain any words.
 _OBJECT = re.compile(r"\b(at location|for path) .*?(?=: Error performing |$)", re.DOTALL)
-# What makes no sense to obstore itself.
+_CONNECTION_STRING = "AZURE_STORAGE_CONNECTION_STRING"
+_NO_ADDRESS = "is not an http:// or https:// address; correct or remove it"
+_NO_KEY = (
+    "the private key of the service account cannot be read; create a new key, and use its file as it is downloaded"
+)
+# What makes no sense to obstore itself, which may repeat it -> (variables of which one that is set is wrong, why).
 _INVALID_VARIABLES = {
-    "Account must be specified": Problem(
-        "AZURE_STORAGE_ACCOUNT_NAME",
-        "is not set; az:// needs the storage account's name, or AZURE_STORAGE_CONNECTION_STRING",
+    "Account must be specified": (
+        ("AZURE_STORAGE_ACCOUNT_NAME",),
+        f"is not set; az:// needs the storage account's name, or {_CONNECTION_STRING}",
     ),
-    "builder error": Problem(
-        "GOOGLE_BASE_URL or AZURE_STORAGE_ENDPOINT", "is not an http:// or https:// address; correct or remove it"
-    ),
+    "Unable parse source url": (("AZURE_STORAGE_ENDPOINT", _CONNECTION_STRING), _NO_ADDRESS),
+    "builder error": (("GOOGLE_BASE_URL", "AZURE_STORAGE_ENDPOINT"), _NO_ADDRESS),
+    "Error reading pem file": (GOOGLE_KEYS, _NO_KEY),
+    "InvalidEncoding": (GOOGLE_KEYS, _NO_KEY),
 }
+_NO_ACCOUNT = (
+    "names no storage account, so it is no valid connection string; copy the whole text from the account's page "
+    '"Access keys", with AccountName and AccountKey or with BlobEndpoint (UseDevelopmentStorage=true is not taken)'
+)
 _NO_CONNECTION = {
     re.compile(r'ConnectError\(\s*"dns error"'): "the server's name cannot be resolved; correct the address, or the "
     "name of the storage account",
@@ -134,6 +145,10 @@ _DETAILS = [re.compile(rf"<({names})>(.*?)</\1>", re.DOTALL) for names in _MESSA
 # Of a request, in Azure's words about a wrong account key.
 _MAC = re.compile(r"'[A-Za-z0-9+/]{40,}=*'")
 _PASSWORD, _QUERY = re.compile(r"(?<=://)[^\s/@]*@"), re.compile(r"(?<=[^\s])\?\S*")
+# Text in quotes, which may be a credential's unless it is the name of a field or kind.
+_QUOTED, _NAME = re.compile(r"([`\"])((?:(?!\1).)*)\1", re.DOTALL), re.compile(r"[a-z_]{1,30}")
+# The path of a file; one that is longer may be the key itself.
+_CREDENTIALS_FILE = re.compile(r"(?<=service account file) from (?![^\n{]{1,200}: [^:]*$).*(?=: [^:]*$)", re.DOTALL)
 _MAX_CHARACTERS = 300
 
 
@@ -180,14 +195,31 @@ def has_no_metadata(error: BaseException) -> bool:
 
 def translate(error: BaseException, operation: str) -> JobError:
     """Return the job's error for one of `FAILURES`, `operation` being what was tried."""
-    if (
-        problem := next(
-            (problem for words, problem in _INVALID_VARIABLES.items() if words in _without_debug(error)), None
-        )
-    ) is not None:
+    if (problem := _invalid_variable(error)) is not None:
         return SettingsError([problem])
     match = _STATUS.search(str(error)) or _BATCH_STATUS.search(_without_debug(error))
     return _translate(error, operation, int(match[1]) if match else 0)
+
+
+def translate_setup(error: BaseException, uri: str) -> JobError:
+    """Return the job's error for one of `FAILURES` while a client was set up, which sends nothing."""
+    problem = translate(error, f"{uri}: cannot set up a client")
+    if type(problem) is Unreachable:
+        return SettingsError([Problem(uri, f"cannot set up a client: {_one_line(error)}")])
+    return problem
+
+
+def _invalid_variable(error: BaseException) -> Problem | None:
+    """The variable that obstore cannot use, and why; None for other errors."""
+    text = _without_debug(error)
+    words = next((words for words in _INVALID_VARIABLES if words in text), None)
+    # The answer of a store, and the name of an object, may have such words in them, too.
+    if words is None or _STATUS.search(text) or _OBJECT.search(text):
+        return None
+    if words == "Account must be specified" and is_given(_CONNECTION_STRING):
+        return Problem(_CONNECTION_STRING, _NO_ACCOUNT)
+    variables, what = _INVALID_VARIABLES[words]
+    return Problem(given(*variables), what)
 
 
 def _translate(error: BaseException, operation: str, status: int) -> JobError:
@@ -253,10 +285,16 @@ def _without_debug(error: BaseException) -> str:
 def _one_line(error: BaseException) -> str:
     """What the store says, or obstore where it says nothing, on one line, cut off.
 
-    Without what in addresses may be a password or a signature.
+    Without what in addresses may be a password or a signature, and without what obstore quotes from a credential.
     """
     text, status = _without_debug(error), _STATUS.search(_without_debug(error))
     if (name := code(error)) and status:
         message = next(filter(None, (detail.search(text) for detail in _DETAILS)), None)
         text = f"{name} (HTTP {status[1]}): {_MAC.sub('...', unescape(message[2])) if message else ''}"
+    elif not isinstance(error, InvalidPathError):  # which quotes names of objects
+        text = _QUOTED.sub(_without_quoted, _CREDENTIALS_FILE.sub("", text))
     return _QUERY.sub("", _PASSWORD.sub("", " ".join(text.split())))[:_MAX_CHARACTERS].rstrip(":. ")
+
+
+def _without_quoted(match: re.Match[str]) -> str:
+    return match[0] if _NAME.fullmatch(match[2]) else f"{match[1]}...{match[1]}"

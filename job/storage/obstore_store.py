@@ -49,7 +49,16 @@ from job.storage.base import (
     try_conditional_writes,
 )
 from job.storage.location import Location, StorageOptions
-from job.storage.obstore_errors import ABSENT, FAILURES, Missing, code, is_client_error, is_failed_condition, translate
+from job.storage.obstore_errors import (
+    ABSENT,
+    FAILURES,
+    Missing,
+    code,
+    is_client_error,
+    is_failed_condition,
+    translate,
+    translate_setup,
+)
 from job.storage.obstore_listing import entries
 from job.storage.obstore_requests import OtherContent, ask, ask_once, pause_or_raise, read_body
 
@@ -149,11 +158,7 @@ class ObstoreStore:
                 },
             )
         except FAILURES as error:
-            problem = translate(error, f"{self.uri}: cannot set up a client")
-            # Nothing was sent.
-            raise (
-                SettingsError([Problem(self.uri, str(problem))]) if type(problem) is Unreachable else problem
-            ) from error
+            raise translate_setup(error, self.uri) from None  # obstore's text may have a key in it
 
     @cached_property
     def _repeating_client(self) -> Any:

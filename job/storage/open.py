@@ -13,6 +13,7 @@ from pkgutil import resolve_name
 from job.common.disk import disk_errors
 from job.errors import DataError, Problem, SettingsError, Unreachable
 from job.storage.base import Conflict, NotSupported, ObjectInfo, ObjectStore, Stored, TooLarge, check_key, is_key
+from job.storage.credential_variables import check_variables
 from job.storage.location import BACKENDS, Location, StorageOptions, is_remote, storage_options
 
 __all__ = [
@@ -41,9 +42,10 @@ def open_store(place: str | Location, options: StorageOptions = _DEFAULT) -> Obj
     """Opens the store at a URI or path. Nothing is sent or created yet.
 
     Raises:
-        SettingsError: The location or the options are invalid.
+        SettingsError: The location, the options, or the cloud's own variables are invalid.
     """
     location = Location.parse(place) if isinstance(place, str) else place
+    check_variables(location.scheme)
     store: ObjectStore = resolve_name(BACKENDS[location.scheme]).open(location, options)
     return store
 

@@ -51,7 +51,7 @@ def test_unknown_schemes_are_refused(uri: str) -> None:
 @pytest.mark.parametrize("uri", ["s3://", "s3:///a", "s3://a", "s3://user:word@bucket/a", "s3://bucket?x/a"])
 def test_bad_buckets_are_refused(uri: str) -> None:
     """A bucket's name is checked before anything is sent."""
-    with pytest.raises(SettingsError, match="no valid bucket name"):
+    with pytest.raises(SettingsError, match=r"no valid bucket name|has a login in it"):
         open_store(uri)
 
 
