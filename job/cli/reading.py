@@ -13,6 +13,7 @@ from job.errors import JobError, Problem, raise_problems
 from job.results.signing import load_public_key
 from job.runs.layout import LEASE, RESULTS
 from job.settings.load import Settings, load_reading, output_folder, secrets
+from job.storage.first_answer import ANSWER_SECONDS, require_answers
 from job.storage.open import StorageOptions, open_store, storage_options
 
 _QUICK_TRIES = 4
@@ -23,16 +24,19 @@ def reading(parsed: Arguments, *, quick: bool = False) -> tuple[StorageOptions, 
 
     Args:
         parsed: With the settings on the command line.
-        quick: Whether a store that does not answer is reported after about 5 s of pauses, since a person waits.
+        quick: Whether a store that does not answer is reported after about 5 s of pauses, or 30 s if it accepts
+            connections, since a person waits.
 
     Raises:
         SettingsError: A setting is wrong, or a run is named by its id instead of its path.
+        Unreachable: With `quick`, a store of the runs does not answer.
     """
     settings: Settings = load_reading(parsed.settings)
     log.configure(settings.log.format, settings.log.level, secrets())
     storage = storage_options(settings.storage)
     if quick:
         storage = replace(storage, retries=min(storage.retries, _QUICK_TRIES))
+        require_answers(parsed.runs, storage)
     raise_problems(_named_by_id(parsed.runs, storage))
     return storage, settings.storage.cache
 
@@ -49,6 +53,7 @@ def _named_by_id(runs: Iterable[str], storage: StorageOptions) -> Iterator[Probl
             continue
         path = f"{output_folder().rstrip('/')}/{name.rstrip('/')}"
         with suppress(JobError):  # then the command itself says what is wrong with the name
-            store = open_store(path, replace(storage, retries=1))
+            once = replace(storage, retries=1, timeout_seconds=min(storage.timeout_seconds, ANSWER_SECONDS))
+            store = open_store(path, once)
             if store.tag(RESULTS) is not None or store.tag(LEASE) is not None:
                 yield Problem(name, f"is no path, but the id of a run; give its path, {path}")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import chain, repeat
 from pathlib import Path
 
 from job import log
-from job.data.files import find_files, fixed_part
+from job.data.files import find_files, fixed_part, is_glob
 from job.data.formats import Lines, read_lines
 from job.data.hub_dataset import is_hub_id, open_dataset
 from job.data.notes import Notes
-from job.errors import Problem, SettingsError, named_by
+from job.errors import Problem, SettingsError, named_by, naming
+from job.storage.location import is_remote
 
 _ALIVE_SECONDS = 0.5
 _SAY_SECONDS = 10
@@ -66,14 +68,37 @@ def watched(rows: Lines, name: str, check_stop: Callable[[], None]) -> Lines:
         yield row
 
 
+@contextmanager
+def named_as_given(source: str, name: str) -> Iterator[None]:
+    """Within it, problems of the copy `source` name the URI `name`, as the user gave it, and not a temporary folder."""
+    glob = is_glob(source) and not Path(source).exists()
+    copy, given = (fixed_part(source), fixed_part(name)) if glob else (source, name)
+    with nullcontext() if source == name else naming(given.rstrip("/"), copy.rstrip("/")):
+        yield
+
+
+@contextmanager
+def copies_named_as_given(given: Mapping[str, str]) -> Iterator[None]:
+    """`named_as_given` for several: the path of each file -> the place that the user gave, if it is a URI."""
+    with ExitStack() as stack:
+        for copy, name in given.items():
+            if is_remote(name):
+                stack.enter_context(named_as_given(copy, name))
+        yield
+
+
 def open_source(
     source: str, revision: str | None, split: str, name: str, *, note: Notes, check_stop: Callable[..., None]
 ) -> tuple[str | None, bool, Lines]:
-    """The commit (None for files), whether the split chose the files, and the rows of a source."""
+    """The commit (None for files), whether the split chose the files, and the rows of a source.
+
+    Messages call a copy on this machine by `name`, the URI that it was made of.
+    """
     if is_hub_id(source):
         commit, rows = open_dataset(source, require_revision(revision), split, name, check_stop)
         return commit, True, rows
-    files, by_split = find_files(source, split)
+    with named_as_given(source, name):
+        files, by_split = find_files(source, split)
     # A file found in a directory is named by its path in it.
     base, shown = (source, name) if Path(source).exists() else (fixed_part(source) or ".", fixed_part(name))
     if shown and not shown.endswith("/"):

@@ -40,6 +40,7 @@ from job.data.examples import Examples
 from job.data.files import find_files
 from job.data.hub_dataset import is_hub_id, resolve_dataset
 from job.data.notes import Level, Notes
+from job.data.sources import named_as_given
 from job.data.text_tokenizer import sha256_of, text_tokenizer
 from job.data.training_and_validation import EXAMPLES, FINDINGS, VALIDATION, ValidationSource, load_rows
 from job.errors import DataError, Problem
@@ -204,9 +205,15 @@ def _key(
     if tokens is None:
         return None
     parts = [Source(source, source)] if isinstance(source, str) else source
+    given = reading.get("name") if isinstance(source, str) else None
     facts: dict[str, Any] = {
         "sources": [
-            [part.name, _content(part.location, part.revision or revision, split), part.rows, str(part.times)]
+            [
+                part.name,
+                _content(part.location, given or part.name, part.revision or revision, split),
+                part.rows,
+                str(part.times),
+            ]
             for part in parts
         ],
         "several": not isinstance(source, str),
@@ -222,7 +229,7 @@ def _key(
         "code": code_hashes("job.records", *_OTHER_CODE, *_modules(job.data), *_modules(job.audit)),
     }
     if isinstance(validation, ValidationSource):
-        own = _content(validation.location, validation.revision, validation.split)
+        own = _content(validation.location, validation.name, validation.revision, validation.split)
         facts["validation"] = [validation.name, own, validation.revision, validation.split]
     else:
         facts["validation"] = validation
@@ -243,10 +250,11 @@ def _as_json(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else repr(value)
 
 
-def _content(location: str, revision: str | None, split: str) -> list[str]:
+def _content(location: str, name: str, revision: str | None, split: str) -> list[str]:
     """What identifies the content of a source: the SHA-256 of its files in order, or the hub's commit."""
     if is_hub_id(location):
         return [resolve_dataset(location, revision)]
-    files, _ = find_files(location, split)
+    with named_as_given(location, name):
+        files, _ = find_files(location, split)
     with disk_errors(f"cannot read {location}"):
         return [part for path, sha256 in zip(files, hash_files(files), strict=True) for part in (path.name, sha256)]

@@ -22,6 +22,7 @@ from job.planning.forecast_memory import (
     gpus_for_a_row,
     gpus_of_longest_row,
     largest_micro_batch,
+    main_memory_bytes,
     original_base_bytes,
     peak_bytes,
     placed_on,
@@ -66,6 +67,7 @@ class GpuForecast:
     instead of recomputing it (base, activations); `hours` are computed for that, and `usd` for all `gpus` together.
     A run that trains nothing has budgets of 0, and keeps nothing.
     `usd_per_hour` is the price of one GPU, or of the run if it was set. `base_held` is the base's placement.
+    `machine` is the cheapest that has as many GPUs, and the main memory where one is known to.
     """
 
     name: str
@@ -84,6 +86,10 @@ class GpuForecast:
     """Over how many GPUs the longest row is divided."""
     gpus: int = 1
     """How many share the work."""
+    main_memory_needed: int = 0
+    """Bytes of main memory that a machine must have for weights and activations that are kept there; 0 for none."""
+    main_memory_enough: bool = True
+    """Whether the machine is known to have them."""
 
 
 def estimates(run: RunShape) -> Iterator[Estimate]:
@@ -257,8 +263,8 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
     execution = execution_on(gpu, run, setup)
     hours = hours_of_run(gpu, run, setup, execution) if fits else None
     divided_over = gpus_of_longest_row(run, setup, usable) if fits and run.trains else 1
-    price = gpu.usd_per_hour if run.usd_per_hour is None else run.usd_per_hour
-    priced = run.processes if run.usd_per_hour is None else 1  # the user's is that of all machines
+    held = main_memory_bytes(gpu, run, setup) if fits else 0
+    rented = _rented(gpu, run, held)
     keeps = {"base": execution.kept_base, "activations": execution.kept_activations} if execution else {}
     if fits:
         note = why_slower(gpu, run, setup, execution, hours)
@@ -273,13 +279,37 @@ def forecast_gpu(gpu: Gpu, run: RunShape, setup: Setup) -> GpuForecast:
         budget_recomputing=_largest_budget(run, replace(setup, recompute=True), usable),
         budget_keeping=_largest_budget(run, replace(setup, recompute=False), usable),
         hours=hours,
-        usd_per_hour=price,
-        usd=None if hours is None else hours * price * priced,
-        machine=gpu.machine if run.usd_per_hour is None else "your price",
+        usd_per_hour=rented.usd_per_hour,
+        usd=None if hours is None else hours * rented.usd_per_hour * rented.priced,
+        machine=rented.name,
         base_held=setup.placement,
         divided_over=divided_over,
         gpus=run.processes,
+        main_memory_needed=held,
+        main_memory_enough=held <= rented.main_memory,
     )
+
+
+@dataclass(frozen=True)
+class _Rented:
+    """What a run rents: its name, the price of an hour, for how many GPUs it is paid, main memory known to be there."""
+
+    name: str
+    usd_per_hour: float
+    priced: int
+    main_memory: int
+
+
+def _rented(gpu: Gpu, run: RunShape, main_memory: int) -> _Rented:
+    """The machines for a run that needs so many bytes of main memory on each; the user's, if their price is set."""
+    if run.usd_per_hour is not None:
+        return _Rented("your price", run.usd_per_hour, 1, 0)  # the price of all machines, of which no more is known
+    machine = gpu.machine(run.processes_here, main_memory)
+    if machine is None:
+        largest = max(gpu.machines, key=lambda machine: machine.gpus)
+        return _Rented(f"none with {run.processes_here} GPUs", largest.usd_per_gpu, run.processes, 0)
+    known = machine.memory_for(run.processes_here) or 0
+    return _Rented(machine.name_for(run.processes_here), machine.usd_per_gpu, run.processes, known)
 
 
 def _largest_budget(run: RunShape, setup: Setup, usable: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from math import ceil
 
 from job.common.gpu_context import CONTEXT_BYTES
 from job.planning.forecast_input import HALF_PRECISION, RunShape
@@ -12,6 +13,7 @@ from job.records import ExecutionPlan
 from job.training import memory_model
 from job.training.execution_plan import (
     AMPERE,
+    HOST_SHARE,
     choose_budget,
     choose_long_rows,
     choose_placement,
@@ -21,6 +23,7 @@ from job.training.execution_plan import (
 from job.training.memory_model import LONG_ROW, TILE_TOKENS, Setup
 from job.training.sequence_parallel import (
     least_memory,
+    row_host_bytes,
     row_memory,
     why_not_divided,
 )
@@ -28,7 +31,7 @@ from job.training.sequence_parallel import (
 MAX_TOKENS = 65_536
 """Upper bound of the micro-batch, in tokens, if nothing is known about the data."""
 _UNKNOWN_HOST = 1 << 50
-"""Bytes of main memory where the machine's are not known."""
+"""Bytes of main memory where the machine is not chosen yet."""
 
 
 def run_on(gpu: Gpu, run: RunShape, setup: Setup) -> RunShape:
@@ -153,8 +156,11 @@ def free_for_original_base(gpu: Gpu, setup: Setup) -> float:
     return memory_model.ORIGINAL_SHARE * (gpu.memory_bytes - CONTEXT_BYTES - quantized_base_bytes(setup))
 
 
-def execution_on(gpu: Gpu, run: RunShape, setup: Setup) -> ExecutionPlan | None:
-    """How the job would train on this GPU; None if PEFT's own layers would do the forward pass."""
+def execution_on(gpu: Gpu, run: RunShape, setup: Setup, *, host_bytes: int = _UNKNOWN_HOST) -> ExecutionPlan | None:
+    """How the job would train on this GPU; None if PEFT's own layers would do the forward pass.
+
+    `host_bytes` of main memory are there for each process.
+    """
     if not is_fused(gpu, run, setup):
         return None
     free = gpu.memory_bytes - CONTEXT_BYTES - quantized_base_bytes(setup)
@@ -172,18 +178,32 @@ def execution_on(gpu: Gpu, run: RunShape, setup: Setup) -> ExecutionPlan | None:
     if not long:
         return plan
     over = gpus_of_longest_row(run, setup, memory_model.usable_bytes(gpu.memory_bytes))
-    # How much main memory the machine has is not known here.
     return choose_long_rows(
         plan,
         setup,
         tokens=run.micro_batch if over == 1 else 0,
         divided=(run.micro_batch, over) if over > 1 else None,
         free_bytes=free,
-        host_bytes=_UNKNOWN_HOST,
+        host_bytes=host_bytes,
         offload=run.offload,
         copies=run.attention_copies,
         tile=TILE_TOKENS,
     )
+
+
+def main_memory_bytes(gpu: Gpu, run: RunShape, setup: Setup) -> int:
+    """Bytes of main memory that a machine must have for the base's weights and activations that are kept there.
+
+    0 where nothing has to be: activations that fit on the GPU without attention's output are not offloaded for lack of
+    main memory. The shares of it that the job fills are those that it has in a run.
+    """
+    weights, rows = memory_model.packed_bytes(setup) if setup.placement == "host" else 0, 0
+    execution = execution_on(gpu, run, setup, host_bytes=0) if run.trains else None
+    if execution is not None and execution.offloaded:
+        over = gpus_of_longest_row(run, setup, memory_model.usable_bytes(gpu.memory_bytes))
+        rows = row_host_bytes(setup, run.micro_batch, over, kept_attention=False)
+    of_each = max(weights / memory_model.MAIN_MEMORY_SHARE, weights + rows / HOST_SHARE)
+    return ceil(run.processes_here * of_each)
 
 
 def is_fused(gpu: Gpu, run: RunShape, setup: Setup) -> bool:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from job.audit.overlap import index_questions
 from job.audit.rows import set_up
 from job.common.export_formats import EXTRA, GGUF, needs_merge, not_installed, split_name
 from job.common.lora_readers import why_not_served
+from job.common.source_list import parse_sources
 from job.data.evaluation_prompts import find_prompts, read_prompts
 from job.data.examples import lengths_of
 from job.data.training_and_validation import validation_source_of
-from job.errors import DataError, JobError, Problem, named_by, raise_problems
+from job.errors import DataError, JobError, Problem, named_by, naming, raise_problems
 from job.evaluation.policy import CHOICES, read_policy
 from job.evaluation.tasks import Tasks, check_gate
 from job.model.adapter_options import MANY_STEPS, AdapterOptions, make_options, too_few_steps
@@ -30,6 +32,7 @@ from job.planning.preflight_models import (
     AdapterFacts,
     AuxiliaryFacts,
     ModelFacts,
+    fetch_start,
     files_without_weights,
     find_tokenizer,
     preview_adapter,
@@ -44,16 +47,25 @@ from job.results.signing import key_id, load_private_key, public_key
 from job.settings.load import Settings, plain_values
 from job.settings.schema import Sign
 from job.settings.training_stages import settings_renamed_in_errors, split_stages
+from job.storage.first_answer import answers_once
 from job.storage.hub import is_reachable, local_model
 from job.storage.location import join
 from job.storage.open import StorageOptions, fetch, is_remote, open_store, storage_options
 from job.training.config import total_steps
 from job.training.model_checks import model_problems
 
-QUICK = {"timeout_seconds": 10.0, "retries": 2}
-"""Upper limits on the storage settings, so that an address that does not answer fails within seconds."""
+QUICK_TRIES = 2
+"""How often `plan` tries a request at most."""
 EXPORTED = "exported run"
 """The name of the check of JOB_EXPORT__RUN."""
+T = TypeVar("T")
+
+
+class After(Protocol):
+    """`_after_answers` for the stores of this plan."""
+
+    def __call__(self, places: Iterable[str | None], check: Callable[[], T], /) -> Callable[[], T]:
+        """The check, after the stores of `places` have answered."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +87,9 @@ class Preflight:
 
 
 def quick_storage(settings: Settings) -> StorageOptions:
-    """How to reach stores, with the limits of `QUICK`."""
+    """How to reach stores, with few tries. That one answers is checked first: see `first_answer`."""
     storage = storage_options(settings.storage)
-    return replace(storage, **{name: min(getattr(storage, name), most) for name, most in QUICK.items()})
+    return replace(storage, retries=min(storage.retries, QUICK_TRIES))
 
 
 def check_run_inputs(settings: Settings, folder: Path, show: int, unread: JobError | None = None) -> Preflight:
@@ -88,26 +100,34 @@ def check_run_inputs(settings: Settings, folder: Path, show: int, unread: JobErr
     """
     s, storage = settings, quick_storage(settings)
     access: dict[str, Any] = {"online": cache(is_reachable), "folder": folder, "storage": storage}
-    storage_check, seconds = run_check("storage", lambda: _try_storage(s, storage, folder), unreachable="wrong")
+    after = partial(_after_answers, answers_once(storage))
+    storage_check, seconds = run_check(
+        "storage", after([s.run.output], lambda: _try_storage(s, storage, folder)), unreachable="wrong"
+    )
     first_checks = [storage_check]
     if s.export.run is not None:
-        first_checks.append(run_check(EXPORTED, lambda: check_exported_run(s, storage, unread))[0])
+        first_checks.append(
+            run_check(EXPORTED, after([s.export.run], lambda: check_exported_run(s, storage, unread)))[0]
+        )
     if unread is not None:
-        checks = [*first_checks, *check_other_inputs(s, storage, None)]
+        checks = [*first_checks, *check_other_inputs(s, storage, None, after=after)]
         return Preflight(checks, seconds, None, None, None, None, None, None)
-    model_check, model = run_check("model", lambda: preview_model(s.model.id, s.model.revision, **access))
+    model_check, model = run_check(
+        "model", after([s.model.id], lambda: preview_model(s.model.id, s.model.revision, **access))
+    )
     adapter_check, adapter = run_check("adapter", lambda: _preview_adapter(s, model))
     tokenizer_check, tokenizer = run_check("tokenizer", lambda: find_tokenizer(model, s.model.add_tokens))
     loaded_tasks: list[Tasks] = []
     question_check, questions = run_check(
-        "questions", lambda: _preview_questions(s, tokenizer, loaded_tasks.append, access)
+        "questions",
+        after((s.eval.data or {}).values(), lambda: _preview_questions(s, tokenizer, loaded_tasks.append, access)),
     )
     tasks = loaded_tasks[0] if loaded_tasks else None
-    rows = _check_rows(s, model, tokenizer, tasks, show=show, access=access)
-    other_checks = [*rows.steps, *check_other_inputs(s, storage, tasks, model)]
-    safety_checks, safety = _check_safety_model(s, access)
-    prompt_checks, prompts = _check_prompts(s, rows.data, tokenizer, folder, storage)
-    judge_checks, judge = _check_principles(s, access)
+    rows = _check_rows(s, model, tokenizer, tasks, show=show, access=access, after=after)
+    other_checks = [*rows.steps, *check_other_inputs(s, storage, tasks, model, after=after)]
+    safety_checks, safety = _check_safety_model(s, access, after)
+    prompt_checks, prompts = _check_prompts(s, rows.data, tokenizer, access, after)
+    judge_checks, judge = _check_principles(s, access, after)
     return Preflight(
         checks=[
             *(*first_checks, model_check, adapter_check, tokenizer_check),
@@ -128,6 +148,22 @@ def check_run_inputs(settings: Settings, folder: Path, show: int, unread: JobErr
     )
 
 
+def _after_answers(
+    require: Callable[[str], None], places: Iterable[str | None], check: Callable[[], T]
+) -> Callable[[], T]:
+    """The check, after the stores that it reads have answered: those of the URIs among `places`.
+
+    One that has not answered is not waited for again by each check.
+    """
+
+    def answered_check() -> T:
+        for place in places:
+            require(place or "")
+        return check()
+
+    return answered_check
+
+
 @dataclass(frozen=True)
 class _RowChecks:
     """The checks of the rows to train on: of a first training stage too, if there is one."""
@@ -140,7 +176,14 @@ class _RowChecks:
 
 
 def _check_rows(
-    s: Settings, model: ModelFacts | None, tokenizer: Any, tasks: Tasks | None, *, show: int, access: Mapping[str, Any]
+    s: Settings,
+    model: ModelFacts | None,
+    tokenizer: Any,
+    tasks: Tasks | None,
+    *,
+    show: int,
+    access: Mapping[str, Any],
+    after: After,
 ) -> _RowChecks:
     """Reads the rows of each training stage and reports their audit, and whether AdaLoRA has enough steps."""
     architecture = model.architecture if model else None
@@ -151,14 +194,16 @@ def _check_rows(
         "audit": set_up(index_questions(tasks.prompts(s.eval.limit)) if tasks else None, s.data.on_finding),
         "show": show,
     }
-    check, data = run_check("data", lambda: _preview_rows(s, **options))
+    check, data = run_check("data", after(_row_places(s), lambda: _preview_rows(s, **options)))
     row_checks, steps, first_data = [check], list[PreflightResult](), None
     if s.lora.kind == "adalora" and data is not None and not data.estimated:
         steps = [run_check("steps", partial(_check_steps, s, len(data.examples)))[0]]
     if not s.train.is_one_stage and s.export.run is None:
         options["folder"] = access["folder"] / "first"
         earlier, _ = split_stages(s)
-        check, first_data = run_check("first stage", lambda: _preview_rows(earlier, **options))
+        check, first_data = run_check(
+            "first stage", after(_row_places(earlier), lambda: _preview_rows(earlier, **options))
+        )
         row_checks.append(check)
     audited = [
         run_check(name, partial(report_audit, facts.audit, facts.long_rows))[0]
@@ -168,31 +213,45 @@ def _check_rows(
     return _RowChecks(row_checks, audited, steps, data, first_data)
 
 
-def _check_safety_model(s: Settings, access: Mapping[str, Any]) -> tuple[list[PreflightResult], AuxiliaryFacts | None]:
+def _row_places(s: Settings) -> list[str]:
+    """Where the rows of a training stage come from, as far as the settings name places."""
+    return [*(source.location for source in parse_sources(s.data.source)), str(s.data.validation)]
+
+
+def _check_safety_model(
+    s: Settings, access: Mapping[str, Any], after: After
+) -> tuple[list[PreflightResult], AuxiliaryFacts | None]:
     """(the check of JOB_DATA__SAFETY_MODEL, what it read); no check without one."""
     if s.data.safety_model is None:
         return [], None
     model_settings = (s.data.safety_model, s.data.safety_revision, s.data.unsafe_labels, s.data.unsafe_threshold)
-    check, facts = run_check("safety model", partial(preview_safety_model, *model_settings, **access))
+    look = after([s.data.safety_model], partial(preview_safety_model, *model_settings, **access))
+    check, facts = run_check("safety model", look)
     return [check], facts
 
 
 def _check_prompts(
-    s: Settings, data: DataFacts | None, tokenizer: Any, folder: Path, storage: StorageOptions
+    s: Settings, data: DataFacts | None, tokenizer: Any, access: Mapping[str, Any], after: After
 ) -> tuple[list[PreflightResult], tuple[int, ...]]:
     """(the check of JOB_EVAL__PROMPTS, the tokens of each prompt); no check without one."""
     if s.eval.prompts is None:
         return [], ()
-    check, lengths = run_check("prompts", lambda: _preview_prompts(s, data, tokenizer, folder, storage))
+    look = after(
+        [str(s.eval.prompts)], lambda: _preview_prompts(s, data, tokenizer, access["folder"], access["storage"])
+    )
+    check, lengths = run_check("prompts", look)
     return [check], lengths or ()
 
 
-def _check_principles(s: Settings, access: Mapping[str, Any]) -> tuple[list[PreflightResult], AuxiliaryFacts | None]:
+def _check_principles(
+    s: Settings, access: Mapping[str, Any], after: After
+) -> tuple[list[PreflightResult], AuxiliaryFacts | None]:
     """(the check of JOB_EVAL__PRINCIPLES and its judge, what it read); no check without one."""
     if s.eval.principles is None or s.eval.judge is None:
         return [], None
     judge_settings = (s.eval.principles, s.eval.judge, s.eval.judge_revision)
-    check, facts = run_check("principles", partial(preview_judge, *judge_settings, **access))
+    look = after([s.eval.judge], partial(preview_judge, *judge_settings, **access))
+    check, facts = run_check("principles", look)
     return [check], facts
 
 
@@ -329,7 +388,9 @@ def _preview_prompts(
             return "note", f"{source:,} of the rows for validation, of which there are only {available:,}", lengths
         return "ok", f"{source:,} of the {available:,} rows for validation", lengths
     with named_by("JOB_EVAL__PROMPTS", ": "):
-        path = find_prompts(fetch(source or "", folder / "prompts", storage))
+        copy = fetch(source or "", folder / "prompts", storage)
+        with naming(source or "", copy):
+            path = find_prompts(copy)
     if tokenizer is None or data is None:
         raise NotChecked(f"{source}: the prompts depend on the model and the data, which could not be read")
     reading: dict[str, Any] = {"date": s.data.date, "template_arguments": s.data.chat_template_arguments}
@@ -339,10 +400,15 @@ def _preview_prompts(
 
 
 def check_other_inputs(
-    settings: Settings, storage: StorageOptions, tasks: Tasks | None, model: ModelFacts | None = None
+    settings: Settings,
+    storage: StorageOptions,
+    tasks: Tasks | None,
+    model: ModelFacts | None = None,
+    *,
+    after: After | None = None,
 ) -> Iterator[PreflightResult]:
     """Checks of the inputs that only some runs have."""
-    baseline = settings.gate.baseline
+    baseline, after = settings.gate.baseline, after or partial(_after_answers, answers_once(storage))
 
     def check_baseline() -> Found[None]:
         return "ok", f"the gate compares with run {read_baseline(baseline or '', storage).run}", None
@@ -354,25 +420,35 @@ def check_other_inputs(
     for target in push_targets:
         yield run_check(target.kind, lambda target=target: ("ok", target.check(), None))[0]  # type: ignore[misc]
     if settings.lora.start is not None:
-        yield run_check("start", lambda: _check_start_adapter(settings, model))[0]
+        look = after([settings.lora.start], lambda: _check_start_adapter(settings, model, storage))
+        yield run_check("start", look)[0]
     if baseline is not None:
-        yield run_check("baseline", check_baseline)[0]
+        yield run_check("baseline", after([baseline], check_baseline))[0]
     if settings.gate.policy is not None or settings.gate.metric not in CHOICES:
         yield run_check("gate", lambda: _check_gate(settings, tasks))[0]
 
 
-def _check_start_adapter(settings: Settings, model: ModelFacts | None) -> Found[None]:
-    """Whether the settings and the model fit the adapter that training starts from, if it is a local one."""
-    lora, start = settings.lora, settings.lora.start or ""
-    folder = None if is_remote(start) else local_start(start)
-    if folder is None:
-        raise NotChecked(f"{start}: an adapter is not fetched for a plan")
+def _check_start_adapter(settings: Settings, model: ModelFacts | None, storage: StorageOptions) -> Found[None]:
+    """Whether the settings and the model fit the adapter that training starts from, if it is no hub id."""
+    start = settings.lora.start or ""
+    if is_remote(start):
+        with tempfile.TemporaryDirectory(prefix="qlora-job-plan-") as copy:
+            fetch_start(start, Path(copy), storage)
+            with naming(start, copy):
+                return _check_start_folder(settings, model, Path(copy))
+    if (folder := local_start(start)) is None:
+        raise NotChecked(f"{start}: an adapter of the hub is not fetched for a plan")
+    return _check_start_folder(settings, model, folder)
+
+
+def _check_start_folder(settings: Settings, model: ModelFacts | None, folder: Path) -> Found[None]:
+    lora = settings.lora
     lora_settings, added = lora.model_dump(mode="json"), settings.model.add_tokens
     check_start(folder, rank=lora.rank, alpha=lora.alpha, options=lora_settings, added_tokens=added)
     if model is not None:
         empty, options = build_empty(model.folder, read_config(model.folder)), adapter_options(settings)
         check_start_fits(folder, empty, targets=lora.target_modules, rank=lora.rank, options=options)
-    return "ok", f"training continues from {start}", None
+    return "ok", f"training continues from {lora.start}", None
 
 
 def _check_key(sign: Sign) -> Found[None]:

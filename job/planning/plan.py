@@ -36,6 +36,7 @@ from job.planning.forecast_time import (
     DOWNLOAD_RATE,
     GGUF_PER_SECOND,
     LLAMA_CPP_FLOPS,
+    LOADING_RATE,
     MERGED_PER_SECOND,
     START_SECONDS,
 )
@@ -299,6 +300,7 @@ def _assumptions(settings: Settings, processes: int) -> tuple[str, ...]:
         f"safety screen, judge: {time_model.UTILISATION:.0%} of the data sheet's operations a second, in fp32 "
         f"{FP32_SHARE:.0%} of these"
     )
+    downloads = f"{DOWNLOAD_RATE / 1e6:.0f} MB/s"
     first = f"JOB_TRAIN__METHOD={settings.train.method}: hours and dollars of both stages, other figures of the last"
     return (
         *((first,) if trains and not settings.train.is_one_stage else ()),
@@ -308,7 +310,7 @@ def _assumptions(settings: Settings, processes: int) -> tuple[str, ...]:
         *((_FP8,) if trains and settings.train.compute == "fp8" else ()),
         _speed(trains=trains),
         *((_GENERATED,) if trains and settings.eval.prompts is not None else ()),
-        f"start: {START_SECONDS:.0f} s, and {DOWNLOAD_RATE / 1e6:.0f} MB/s for downloads",
+        f"start: {START_SECONDS:.0f} s, {LOADING_RATE / 1e6:.0f} MB/s of the base to load, {downloads} for downloads",
         f"memory: {context} for the driver, and {memory_model.MARGIN:.0%} for the error of the formula",
         f"price: {PRICES}" if price is None else f"price: {price:g} USD an hour, as set, for all GPUs of the run",
         f"no interruptions: each costs a start{' and the steps since the last checkpoint' if trains else ''}",

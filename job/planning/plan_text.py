@@ -20,6 +20,7 @@ from job.planning.shown_rows import CLOSE, OPEN, as_lines
 from job.records import RecordedSettings
 from job.results.exported_run import recorded_settings
 from job.settings.load import Settings, load_settings, secrets
+from job.storage.first_answer import require_answers
 
 _WIDTH = 118
 _MOST_SHOWN = 1000
@@ -55,7 +56,9 @@ def _load(argv: Sequence[str]) -> tuple[Settings, JobError | None]:
 
     def read(settings: Settings) -> RecordedSettings:
         try:
-            return recorded_settings(str(settings.export.run), quick_storage(settings))
+            storage = quick_storage(settings)
+            require_answers([str(settings.export.run)], storage)
+            return recorded_settings(str(settings.export.run), storage)
         except JobError as error:
             unread.append(error)
             raise
@@ -188,7 +191,9 @@ def _gpus(plan: Plan) -> str:
         read = "data and questions that were read" if plan.trains else "questions that were read"
         lines.append(f"hours and USD: only for {read}, and in bf16 or fp16 (JOB_MODEL__DTYPE)")
     lines += [f"{gpu.name}: {gpu.note}" for gpu in plan.gpus if gpu.note]
-    priced = [gpu for gpu in plan.gpus if gpu.fits and gpu.usd is not None]
+    if not all(gpu.main_memory_enough for gpu in plan.gpus):
+        lines.append("yes, with main memory: on a machine with so much; how much the one of the price has is not known")
+    priced = [gpu for gpu in plan.gpus if gpu.fits and gpu.main_memory_enough and gpu.usd is not None]
     if priced:
         cheapest = min(priced, key=lambda gpu: gpu.usd or 0)
         fastest = min(priced, key=lambda gpu: gpu.hours or 0)
@@ -211,13 +216,21 @@ def _gpu(gpu: GpuForecast, largest_step: int | None, *, trains: bool) -> tuple[s
     return (
         gpu.name if gpu.gpus == 1 else f"{gpu.gpus} x {gpu.name}",
         size(gpu.memory_bytes, " "),
-        "no" if not gpu.fits else "yes" if gpu.base_held == "gpu" else f"yes, {gpu.base_held}",
+        _fits(gpu),
         *of_training,
         "-" if gpu.hours is None else f"{gpu.hours:.2f}",
         "-" if gpu.usd is None else f"{gpu.usd:.2f}",
         f"{gpu.usd_per_hour:.2f}",
         gpu.machine,
     )
+
+
+def _fits(gpu: GpuForecast) -> str:
+    if not gpu.fits:
+        return "no"
+    if not gpu.main_memory_enough:
+        return f"yes, with {size(gpu.main_memory_needed, ' ')} of main memory"
+    return "yes" if gpu.base_held == "gpu" else f"yes, {gpu.base_held}"
 
 
 def _folded(rows: Sequence[tuple[str, str]]) -> list[str]:

@@ -15,7 +15,7 @@ from job.common.source_list import locate_sources, parse_sources
 from job.data.examples import lengths_of
 from job.data.hub_dataset import is_hub_id
 from job.data.preferences import EncodedAnswers
-from job.data.sources import check_source, require_revision
+from job.data.sources import check_source, copies_named_as_given, require_revision
 from job.data.tokenization import Encoded
 from job.data.training_and_validation import ValidationSource, load_rows
 from job.errors import named_by
@@ -245,7 +245,8 @@ def preview_questions(
         raise NotChecked(f"{', '.join(missing)}: {HUB_UNREACHABLE}")
     with named_by("JOB_EVAL__DATA", ": "):
         files = {task: Path(fetch(uri, folder / "questions" / task, storage)) for task, uri in data.items()}
-    tasks = load_tasks(names, files, data, num_fewshot)
+    with copies_named_as_given({str(path): data[task] for task, path in files.items()}):
+        tasks = load_tasks(names, files, data, num_fewshot)
     check_choices(tasks, needed_by)
     if on_tasks is not None:
         on_tasks(tasks)

@@ -12,6 +12,7 @@ from typing import Any
 
 from job.audit.safety import SETTING as SAFETY_SETTING
 from job.audit.safety import unsafe_labels
+from job.common.formatting import size
 from job.errors import DataError, Problem, SettingsError, naming
 from job.evaluation.principles import question, read_principles
 from job.model.adapter_options import PLAIN, AdapterOptions, described
@@ -20,6 +21,9 @@ from job.model.families import fused_family, why_not_recorded
 from job.model.files import weight_files
 from job.model.load_base import inspect
 from job.model.lora import count_parameters
+from job.model.start_adapter import CONFIG as START_CONFIG
+from job.model.start_adapter import TOKENIZER as START_TOKENIZER
+from job.model.start_adapter import WEIGHTS as START_WEIGHTS
 from job.model.target_modules import linear_weights, resolve_targets
 from job.model.text_classifier import Labels
 from job.model.tokenizer import load_tokenizer
@@ -33,6 +37,8 @@ from job.storage.open import StorageOptions, bytes_to_fetch, is_remote, open_sto
 MOSTLY = 0.5
 """The plan notes if less than this share of the weights would be quantized; in most models it is more."""
 MAX_SMALL_BYTES = 64 << 20
+MAX_START_BYTES = 256 << 20
+"""Most bytes of an adapter to start from that are fetched for a plan."""
 
 
 @dataclass(frozen=True)
@@ -306,3 +312,26 @@ def _fetch_small_files(source: str, folder: Path, storage: StorageOptions) -> tu
         if "/" not in info.key and not info.key.endswith(".safetensors") and info.bytes <= MAX_SMALL_BYTES:
             store.download(info.key, target / info.key)
     return target, sum(info.key.endswith(".safetensors") for info in objects)
+
+
+def fetch_start(uri: str, folder: Path, storage: StorageOptions) -> None:
+    """Copies the adapter of JOB_LORA__START from a store.
+
+    Raises:
+        SettingsError: There is nothing at the URI.
+        DataError: There are other files than an adapter's.
+        NotChecked: It is too large to be fetched for a plan.
+        Unreachable, AccessDenied: As the store says.
+    """
+    store = open_store(uri, storage)
+    names = (START_CONFIG, START_WEIGHTS, START_TOKENIZER)
+    sizes = {name: info.bytes for name in names for info in store.list(name) if info.key == name}
+    if not sizes and next(store.list(), None) is None:
+        what = f"{uri}: there is no such object, and nothing below it; correct the URI"
+        raise SettingsError([Problem("JOB_LORA__START", what)])
+    if missing := [name for name in names[:2] if name not in sizes]:
+        raise DataError([Problem("JOB_LORA__START", f"{uri} has no {' and no '.join(missing)}; correct the URI")])
+    if (total := sum(sizes.values())) > MAX_START_BYTES:
+        raise NotChecked(f"{uri} is there, and has {size(total, ' ')}, too much to fetch for a plan")
+    for name, most in sizes.items():
+        store.download(name, folder / name, max_bytes=most)

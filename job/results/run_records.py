@@ -28,6 +28,7 @@ from job.runs.layout import (
     EXPORTED_RUN,
     LEASE,
     RESULTS,
+    SETTINGS,
     STAGES,
     Stage,
     attempt_key,
@@ -36,6 +37,7 @@ from job.runs.layout import (
     stage_key,
 )
 from job.runs.run_log import LoggedAttempt, Noted, parse_exported_run, parse_logged
+from job.runs.run_settings import parse_settings
 from job.storage.base import read_record
 from job.storage.open import ObjectStore, is_remote
 
@@ -97,6 +99,7 @@ def read_run_records(store: ObjectStore) -> RunRecords:
     if not newest and manifest is None and not problems:
         return RunRecords(store.uri)
     exported = _parsed(store, stage_key(EXPORTED_RUN), parse_exported_run, problems)
+    _parsed(store, SETTINGS, parse_settings, problems)  # read for its damage alone
     return RunRecords(
         uri=store.uri,
         newest=newest,

@@ -13,6 +13,7 @@ _SETTING_OF = {
     "prompts": "JOB_EVAL__PROMPTS",
     "safety": "JOB_DATA__SAFETY_MODEL",
     "judge": "JOB_EVAL__JUDGE",
+    "start": "JOB_LORA__START",
 }
 """First part of an input's folder -> the setting that names the input."""
 LATER = "later/"

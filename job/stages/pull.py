@@ -18,6 +18,7 @@ from job.common.resources import check_disk, required_bytes
 from job.common.source_list import parse_sources
 from job.common.validation import adapter_of
 from job.data.licences import find_licence
+from job.data.sources import copies_named_as_given
 from job.data.text_tokenizer import broken_tokenizer
 from job.data.token_cache import Tokens, open_tokens
 from job.data.training_and_validation import ValidationSource
@@ -422,7 +423,8 @@ def _load_tasks(
     files = {
         task: Path(fetch_input(attempt, location, f"questions/{task}", storage)) for task, location in locations.items()
     }
-    tasks = load_tasks(settings.eval.tasks, files, locations, settings.eval.num_fewshot)
+    with copies_named_as_given({str(path): locations[task] for task, path in files.items()}):
+        tasks = load_tasks(settings.eval.tasks, files, locations, settings.eval.num_fewshot)
     check_choices(tasks, last.need_choices)
     check_gate(tasks, gate.metric, policy, gate.policy, gate.only_choices)
     if baseline is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from job.common.threads import in_thread
-from job.errors import DataError, Problem
+from job.errors import DataError, Problem, naming
 from job.model.start_adapter import FoundStart, check_start, find_start
 from job.records import Evaluated, Pulled
 from job.runs.attempt import Attempt
@@ -19,7 +19,7 @@ from job.stages.fetch_input import fetch_input
 from job.stages.principles import FoundJudge, check_judge, find_judge, judge_sha256
 from job.stages.pull_in_background import wait_for
 from job.stages.safety import SafetyModel, find_safety_model
-from job.storage.open import StorageOptions
+from job.storage.open import StorageOptions, is_remote
 
 
 def pull_start_adapter(
@@ -48,7 +48,12 @@ def pull_start_adapter(
     attempt.check_stop()
     earlier = attempt.recorded(Stage.PULL, Pulled)
     recorded_revision = None if earlier is None else earlier.start_revision
-    start = find_start(location, attempt.work / "start", storage, recorded_revision)
+    if is_remote(location):
+        copy = fetch_input(attempt, f"{location.rstrip('/')}/", "start", storage)
+        with naming(location, copy):
+            start = find_start(copy, attempt.work, storage)
+    else:
+        start = find_start(location, attempt.work / "start", storage, recorded_revision)
     lora_settings = lora.model_dump(mode="json")
     check_start(start.folder, rank=lora.rank, alpha=lora.alpha, options=lora_settings, added_tokens=added_tokens)
     return start

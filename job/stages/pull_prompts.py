@@ -10,7 +10,7 @@ from job import log
 from job.common.methods import SFT
 from job.data.evaluation_prompts import find_prompts, prompts_sha256, read_prompts, validation_prompts
 from job.data.token_cache import Tokens
-from job.errors import DataError, Problem
+from job.errors import DataError, Problem, naming
 from job.records import PromptRow, PromptsRecord
 from job.runs.attempt import Attempt
 from job.settings.schema import Eval
@@ -55,8 +55,11 @@ def find_prompt_rows(
         left_out = tokens.record.audit is not None and tokens.record.audit.left_out
         arguments = auditing if left_out else reading
         return _prompts_of_rows(attempt, options, rows, fetched, tokens=tokens, tokenizer=tokenizer, reading=arguments)
+    copy = fetch_input(attempt, location, "prompts", storage)
+    with naming(location, copy):
+        path = find_prompts(copy)
     return read_prompts(
-        find_prompts(fetch_input(attempt, location, "prompts", storage)),
+        path,
         location,
         tokenizer=tokenizer,
         schema=tokens.record.format,

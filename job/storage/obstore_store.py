@@ -74,6 +74,8 @@ _MAX_CONDITIONAL_BYTES = 256 * MIB
 _CONFIRMING_TRIES = 2
 # How often obstore repeats a part of a large upload or a page of Azure's listing, before all of it is repeated.
 _INNER_REPEATS = 3
+# Azure's codes for an access tier that does not exist, or that the account or the kind of blob does not have.
+_REFUSED_CLASS = ("InvalidHeaderValue", "InvalidBlobTier", "BlobAccessTierNotSupportedForAccountType")
 # How often a file may change while it is uploaded.
 _MAX_CHANGES = 4
 
@@ -299,7 +301,7 @@ class ObstoreStore:
         # Small objects are rewritten and read again: cold storage is for files.
         cold = {"Storage-Class": self._options.storage_class} if self._options.storage_class else {}
         size = path.stat().st_size
-        with disk_errors(f"{self.uri}/{key}: cannot read {path}"):
+        with disk_errors(f"{self.uri}/{key}: cannot read {path}"), self._naming_storage_class():
             if size <= MAX_READ_BYTES:
                 self._write(key, path.read_bytes(), cold, if_absent=if_absent, if_tag=if_tag)
                 return
@@ -312,6 +314,17 @@ class ObstoreStore:
                     return
                 if_absent, if_tag = False, self.tag(key)  # what this call has written meanwhile is replaced
         raise Unreachable(f"{path} changes at each try while it is uploaded to {self.uri}/{key}")
+
+    @contextmanager
+    def _naming_storage_class(self) -> Iterator[None]:
+        """Names the setting where the store refuses the class of an upload, of which its answer says no more."""
+        try:
+            yield
+        except SettingsError as error:
+            if self._options.storage_class is None or not any(name in str(error) for name in _REFUSED_CLASS):
+                raise
+            what = f"{self._options.storage_class} is refused; correct or remove it: {error}"
+            raise SettingsError([Problem("JOB_STORAGE__STORAGE_CLASS", what)]) from error
 
     def _upload(self, path: Path, key: str, attributes: dict[str, str], mode: Any) -> None:
         size = path.stat().st_size

@@ -14,9 +14,10 @@ import structlog
 from job.common.source_list import Source, locate_sources, parse_sources
 from job.data import sources
 from job.data.notes import Notes
-from job.data.sources import check_source
-from job.errors import DataError, Preempted, SettingsError
-from tests.helpers import encoded
+from job.data.sources import check_source, copies_named_as_given
+from job.data.token_cache import load_tokens
+from job.errors import DataError, Preempted, Problem, SettingsError
+from tests.helpers import READING, encoded
 from tests.toy_tokenizer import toy_tokenizer
 from tests.unit.data.test_dataset import lines, load, text_of
 
@@ -288,3 +289,37 @@ def test_reading_for_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         with structlog.testing.capture_logs() as said:
             assert len(list(sources.watched(iter([{}] * 20), "a.jsonl", lambda: None))) == 20
         assert [(line["source"], line["rows"]) for line in said] == [("a.jsonl", rows) for rows in told]
+
+
+@pytest.mark.parametrize(
+    ("files", "given", "says"),
+    [
+        (["copy/train-00000-of-00002.jsonl"], "gs://b/copy", "gs://b/copy: has 1 of the 2 shards"),
+        (["copy/a.jsonl", "copy/b.jsonl"], "gs://b/copy/", "such as gs://b/copy/*.jsonl"),
+        (["copy"], "az://b/copy", "az://b/copy: has an unknown format"),
+        (["copy/a.md"], "gs://b/*.md", "gs://b/a.md: ends in none of"),
+    ],
+)
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_copy_from_a_store_is_called_by_its_uri(
+    tmp_path: Path, files: list[str], given: str, says: str, *, cached: bool
+) -> None:
+    """The folder of the copy, which is gone when the message is read, is not named."""
+    for name in files:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text('{"text": "a"}\n')
+    source = str(tmp_path / "copy" / (given.rpartition("/")[2] if "*" in given else "")).rstrip("/")
+    tokens: dict[str, Any] = READING | {"name": given, "tokenizer": toy_tokenizer(), "root": tmp_path, "keep": True}
+    with pytest.raises(DataError) as raised:
+        load_tokens(source, None, **tokens) if cached else load(source, name=given)
+    assert says in str(raised.value)
+    assert str(tmp_path) not in str(raised.value)
+
+
+def test_several_copies_are_called_by_their_uris() -> None:
+    """Each by its own; what the user gave as a path is not rewritten."""
+    given = {"/work/q/a": "gs://b/a", "c.jsonl": "./c.jsonl"}
+    with pytest.raises(DataError) as raised, copies_named_as_given(given):
+        raise DataError([Problem("/work/q/a", "is empty, like ./c.jsonl")])
+    assert str(raised.value) == "gs://b/a: is empty, like ./c.jsonl"

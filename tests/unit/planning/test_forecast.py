@@ -23,10 +23,13 @@ from job.planning.auxiliary_models import AuxiliaryModel, count_weights, judging
 from job.planning.forecast import disk_bytes, estimates, forecast_gpu
 from job.planning.forecast_input import EVALUATIONS, ForwardWork, RunShape
 from job.planning.forecast_memory import scoring_bytes
-from job.planning.forecast_time import DOWNLOAD_RATE, START_SECONDS
-from job.planning.gpu_prices import GPUS, Gpu
+from job.planning.forecast_time import DOWNLOAD_RATE, LOADING_RATE, START_SECONDS
+from job.planning.gpu_prices import GPUS, Gpu, Machine
 from job.planning.input_checks import Preflight
 from job.planning.known_models_and_data import ARCHITECTURES, TASK_TOKENS, TaskTokens
+from job.planning.plan import Plan
+from job.planning.plan_text import as_table
+from job.planning.preflight import PreflightResult
 from job.planning.scaling import (
     LONG_ROW_EFFICIENCY,
     SCORING_EFFICIENCY,
@@ -55,6 +58,9 @@ RUN = RunShape(
     download_bytes=0,
     usd_per_hour=None,
 )
+CHECKED = (PreflightResult("storage", "ok", ""),)
+MACHINES = (Machine("m", 1, None, 1.0),)
+START = START_SECONDS + 2 * REFERENCE.architecture.parameters / LOADING_RATE
 BY_NAME = {gpu.name: gpu for gpu in GPUS}
 
 
@@ -73,7 +79,7 @@ def test_the_reference_recipe_fits_where_it_is_said_to() -> None:
 @given(st.integers(1, 200), st.integers(10, 2000), st.booleans())
 def test_budgets_are_the_largest_that_fit(gigabytes: int, longest: int, recompute: bool) -> None:  # noqa: FBT001
     """Each budget fits by the formula and one token more does not, or is a whole step; 0 only where nothing helps."""
-    gpu = Gpu("x", gigabytes * 10**9, 1e14, 1e12, (9, 0), 1.0, "m")
+    gpu = Gpu("x", gigabytes * 10**9, 1e14, 1e12, (9, 0), MACHINES)
     run = replace(RUN, workload=replace(WORK, longest=longest))
     plan = forecast_gpu(gpu, run, REFERENCE)
     budget = plan.budget_recomputing if recompute else plan.budget_keeping
@@ -106,8 +112,8 @@ def test_hours_add_up_and_dollars_follow() -> None:
     scoring = time_model.evaluation_flops(REFERENCE, RUN.questions.tokens, RUN.questions.reads)  # type: ignore[union-attr]
     computing = (training + EVALUATIONS * scoring) / (time_model.UTILISATION * gpu.flops)
     computing += EVALUATIONS * SCORING_SECONDS
-    assert plan.hours == pytest.approx((START_SECONDS + 40 + computing) / 3600, rel=1e-6)
-    assert plan.usd == pytest.approx(plan.hours * gpu.usd_per_hour)
+    assert plan.hours == pytest.approx((START + 40 + computing) / 3600, rel=1e-6)
+    assert plan.usd == pytest.approx(plan.hours * gpu.machines[0].usd_per_gpu)
     priced = forecast_gpu(gpu, replace(RUN, usd_per_hour=2.0), REFERENCE)
     assert (priced.usd_per_hour, priced.machine) == (2.0, "your price")
     assert priced.usd == pytest.approx(2.0 * (priced.hours or 0))
@@ -125,8 +131,8 @@ def test_a_run_that_only_exports_takes_the_time_of_its_exports() -> None:
     evaluation = scoring / (time_model.SCORING_UTILISATION * gpu.flops) + SCORING_SECONDS
     made = 3 * EXPORT.export_bytes / DOWNLOAD_RATE + forecast_time.llama_cpp_seconds(EXPORT, REFERENCE)
     made += forecast_time.merging_seconds(REFERENCE) + forecast_time.converting_seconds("gguf:q8_0", REFERENCE)
-    assert plan.hours == pytest.approx((START_SECONDS + 2 * evaluation + made) / 3600, rel=1e-6)  # llama.cpp's is made
-    assert plan.usd == pytest.approx(plan.hours * gpu.usd_per_hour)
+    assert plan.hours == pytest.approx((START + 2 * evaluation + made) / 3600, rel=1e-6)  # llama.cpp's is made
+    assert plan.usd == pytest.approx(plan.hours * gpu.machines[0].usd_per_gpu)
     assert (plan.budget_recomputing, plan.budget_keeping, plan.keeps) == (0, 0, "")
     for workload in (None, replace(WORK, tokens=100 * WORK.tokens, longest=60_000)):
         assert forecast_gpu(gpu, replace(EXPORT, workload=workload), REFERENCE).hours == plan.hours
@@ -198,7 +204,7 @@ def test_an_export_takes_disk_memory_and_time() -> None:
     assert figures["merging"] == weights / forecast_time.MERGED_PER_SECOND
     longer, shorter = forecast_gpu(gpu, run, REFERENCE).hours, forecast_gpu(gpu, plain, REFERENCE).hours
     assert (longer or 0) - (shorter or 0) == pytest.approx(seconds / 3600, rel=1e-6)
-    small = Gpu("x", 12 << 30, 1e15, 3e12, (9, 0), 1.0, "m")
+    small = Gpu("x", 12 << 30, 1e15, 3e12, (9, 0), MACHINES)
     assert forecast_gpu(small, replace(plain, budget=512), REFERENCE).fits
     assert not forecast_gpu(small, replace(run, budget=512), REFERENCE).fits
 
@@ -234,7 +240,7 @@ def test_formats_that_are_made_of_the_merged_model_take_time() -> None:
 def test_what_is_kept_follows_from_the_room(gigabytes: int, keeps: str) -> None:
     """More where there is more, as the job itself chooses; nothing where PEFT's own layers do the work."""
     run = replace(RUN, fused=True, budget_by_gpu=True)
-    gpu = Gpu("x", gigabytes << 30, 1e15, 3e12, (9, 0), 1.0, "m")
+    gpu = Gpu("x", gigabytes << 30, 1e15, 3e12, (9, 0), MACHINES)
     plan = forecast_gpu(gpu, run, REFERENCE)
     assert plan.keeps == keeps
     assert forecast_gpu(replace(gpu, capability=(7, 5)), run, REFERENCE).keeps == ""
@@ -244,7 +250,7 @@ def test_what_is_kept_follows_from_the_room(gigabytes: int, keeps: str) -> None:
 def test_fp8_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Elsewhere the run is refused, as the forecast says; what is kept takes the same memory, training less time."""
     run = replace(RUN, fused=True, budget_by_gpu=True, fp8=True)
-    gpu = Gpu("x", 80 << 30, 1e15, 3e12, (9, 0), 1.0, "m")
+    gpu = Gpu("x", 80 << 30, 1e15, 3e12, (9, 0), MACHINES)
     plain, saved = forecast_gpu(gpu, replace(run, fp8=False), REFERENCE), []
     for speedup in (1.25, 1.25**2):
         monkeypatch.setattr(time_model, "FP8_SPEEDUP", speedup)
@@ -261,7 +267,7 @@ def test_fp8_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_decoders_keep_more() -> None:
     """Where the job has code for the adapted layers alone, transformers' own keeps more between them."""
     run = replace(RUN, fused=True, budget_by_gpu=True)
-    gpu = Gpu("x", 40 << 30, 1e15, 3e12, (9, 0), 1.0, "m")
+    gpu = Gpu("x", 40 << 30, 1e15, 3e12, (9, 0), MACHINES)
     other = replace(REFERENCE, architecture=replace(REFERENCE.architecture, fused=False))
     assert forecast_gpu(gpu, run, REFERENCE).keeps == "activations"
     assert forecast_gpu(gpu, run, other).keeps == "base"
@@ -273,7 +279,7 @@ def test_the_job_on_an_h100_is_as_measured() -> None:
     hours = forecast_gpu(BY_NAME["H100"], run, REFERENCE).hours
     assert hours
     measured = WORK.target_tokens / 14_724 + 2 * 6.4
-    assert hours * 3600 - START_SECONDS == pytest.approx(measured, rel=0.25)
+    assert hours * 3600 - START == pytest.approx(measured, rel=0.25)
 
 
 def test_figures_say_what_they_rest_on() -> None:
@@ -314,7 +320,7 @@ def test_the_table_of_gpus_is_sound() -> None:
     for gpu in GPUS:
         assert 15e9 < gpu.memory_bytes < 152e9
         assert 5e13 < gpu.flops < 1e15
-        assert 0.1 < gpu.usd_per_hour < 12
+        assert 0.1 < gpu.machines[0].usd_per_gpu < 12
 
 
 def test_the_classifier_and_the_judge_take_time() -> None:
@@ -655,7 +661,7 @@ def test_weights_are_read_for_each_micro_batch() -> None:
     questions = TaskTokens(1, 30_000, 100)
     for steps, micro_batches in ((94, 94), (1, 86)):  # of 348,932 tokens in all, 4,096 at a time
         run = replace(RUN, workload=replace(WORK, steps=steps), questions=questions)
-        expected = (3 * micro_batches + EVALUATIONS * 4) * reading + START_SECONDS + EVALUATIONS * SCORING_SECONDS
+        expected = (3 * micro_batches + EVALUATIONS * 4) * reading + START + EVALUATIONS * SCORING_SECONDS
         assert 3600 * (forecast_gpu(gpu, run, REFERENCE).hours or 0) == pytest.approx(expected)
 
 
@@ -674,7 +680,7 @@ def test_several_gpus_share_training_and_scoring() -> None:
     faster = training * (1 - 1 / 1.88) + evaluations * (1 - 1 / (2 * SCORING_EFFICIENCY))
     assert 3600 * (alone.hours - shared.hours) == pytest.approx(faster, rel=0.02)
     assert (alone.gpus, shared.gpus) == (1, 2)
-    assert shared.usd == pytest.approx(2 * gpu.usd_per_hour * shared.hours)
+    assert shared.usd == pytest.approx(2 * gpu.machines[0].usd_per_gpu * shared.hours)
     assert forecast_gpu(gpu, replace(two, usd_per_hour=3.0), REFERENCE).usd == pytest.approx(3 * shared.hours)
 
 
@@ -703,6 +709,72 @@ def test_a_divided_row_is_computed_by_all() -> None:
     assert divide(4, step_rows=1, step_tokens=1e6, rows_divided=True).training == LONG_ROW_EFFICIENCY
     assert divide(4, step_rows=1, step_tokens=1e6, rows_divided=False).parts == 1
     assert divide(1, step_rows=1, step_tokens=1, rows_divided=False).training == 1
+
+
+def host_run(processes: int = 1) -> RunShape:
+    """A run of Llama-70B with its base in main memory: 32.9 GiB of packed weights for each process."""
+    return replace(RUN, setup=LLAMA_70B, placements=("host",), processes=processes, processes_here=processes)
+
+
+def test_a_base_in_main_memory_is_forecast_on_a_machine_that_has_it() -> None:
+    """The smallest has 16 GiB: the price is that of a larger one, of as many GPUs as the run has on a machine."""
+    small = forecast_gpu(BY_NAME["L4"], RUN, REFERENCE)
+    assert (small.machine, small.main_memory_needed, small.main_memory_enough) == ("g6.xlarge", 0, True)
+    alone = forecast_gpu(BY_NAME["L4"], host_run(), LLAMA_70B)
+    assert (alone.machine, alone.usd_per_hour, alone.main_memory_enough) == ("g6.4xlarge", 1.323, True)
+    assert alone.main_memory_needed == pytest.approx(memory_model.packed_bytes(LLAMA_70B) / 0.8, rel=1e-6)
+    two = forecast_gpu(BY_NAME["L4"], host_run(2), LLAMA_70B)
+    assert (two.machine, two.main_memory_enough) == ("g6.12xlarge / 2", True)
+    assert two.usd == pytest.approx((two.hours or 0) * 4.602 / 2)
+    assert two.main_memory_needed == pytest.approx(2 * alone.main_memory_needed, rel=1e-6)
+    assert forecast_gpu(BY_NAME["T4"], host_run(3), LLAMA_70B).machine == "g4dn.12xlarge x 3/4"  # 144 of its 192 GiB
+    many = forecast_gpu(BY_NAME["H100"], host_run(16), LLAMA_70B)
+    assert (many.machine, many.main_memory_enough) == ("none with 16 GPUs", False)
+
+
+def test_a_machine_of_unknown_main_memory_is_not_known_to_have_enough() -> None:
+    """That of the user's price is unknown too; where nothing is kept in main memory, it makes no difference."""
+    unknown = replace(BY_NAME["L4"], machines=MACHINES)
+    for gpu, run in ((unknown, host_run()), (BY_NAME["L4"], replace(host_run(), usd_per_hour=1.0))):
+        found = forecast_gpu(gpu, run, LLAMA_70B)
+        assert found.fits
+        assert not found.main_memory_enough
+    assert forecast_gpu(unknown, RUN, REFERENCE).main_memory_enough
+
+
+def test_activations_of_long_rows_count_where_they_must_be_in_main_memory() -> None:
+    """Not where they are put there only to save time, and would fit on the GPU as well."""
+    work = Workload(10, 10, 600_000, 600_000, 10 * 60_000**2, 60_000, 60_000)
+    run = replace(RUN, workload=work, fused=True, tiles=True, budget_by_gpu=True, questions=None)
+    tight, ample = (
+        forecast_gpu(replace(BY_NAME["L4"], memory_bytes=memory), run, REFERENCE) for memory in (22 << 30, 90 << 30)
+    )
+    assert (ample.fits, ample.main_memory_needed) == (True, 0)
+    assert tight.fits
+    assert tight.main_memory_needed > memory_model.long_row_host_bytes(REFERENCE, 60_000, kept_attention=False)
+
+
+def test_loading_takes_longer_for_a_larger_base() -> None:
+    """By the bytes of its files, apart from what else a run of Llama-70B takes longer for."""
+    without = replace(RUN, trains=False, questions=TaskTokens(1, 1, 1))
+    small, large = (
+        forecast_gpu(BY_NAME["H200"], replace(without, setup=setup), setup).hours or 0
+        for setup in (REFERENCE, LLAMA_70B)
+    )
+    more = LLAMA_70B.architecture.parameters - REFERENCE.architecture.parameters
+    assert 3600 * (large - small) == pytest.approx(2 * more / LOADING_RATE, rel=1e-3)
+    assert 3600 * large > 180
+
+
+def test_a_machine_that_may_lack_main_memory_is_not_recommended() -> None:
+    """It is the cheapest and the fastest in this table, and the one of a known machine is called so."""
+    known = forecast_gpu(BY_NAME["L4"], host_run(), LLAMA_70B)
+    unknown = replace(known, name="X", hours=0.01, usd=0.01, main_memory_enough=False)
+    text = as_table(Plan("a run", CHECKED, (), (unknown, known), None, ()))
+    assert "cheapest: L4," in text
+    assert "fastest: L4," in text
+    assert re.search(r"^X .* yes, with 41\.1 GiB of main memory ", text, re.MULTILINE)
+    assert "cheapest" not in as_table(Plan("a run", CHECKED, (), (unknown,), None, ()))
 
 
 def test_results_in_a_folder_take_disk() -> None:

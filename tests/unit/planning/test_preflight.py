@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +18,12 @@ from job.planning.preflight import NotChecked, PreflightResult, run_check
 from job.planning.preflight_models import ModelFacts, preview_judge, preview_safety_model
 from job.planning.preflight_store import local_round_trip, round_trip
 from job.settings.load import load_settings
+from job.stages.pull_other_models import pull_start_adapter
 from job.storage.local import LocalStore
-from job.storage.open import StorageOptions
+from job.storage.open import StorageOptions, open_store
+from tests.gcs_server import gcs_server
 from tests.helpers import make_model
+from tests.s3_server import BUCKET
 from tests.toy_classifier import make_classifier
 from tests.wrapped_store import WrappedStore
 
@@ -158,3 +162,38 @@ def test_an_adapter_to_start_from_is_compared_with_the_model(base_folder: Path, 
     for more, state in (([], "ok"), (["--lora.layers=1"], "wrong")):
         (found,) = check_other_inputs(load_settings([*words, *more], {}), StorageOptions(), None, model)
         assert (found.name, found.state) == ("start", state)
+
+
+def test_an_adapter_to_start_from_is_looked_at_in_a_store(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is fetched if it is small; if it is not there, a run says so too, both with the setting and the URI."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_adapter(make_model(base_folder, rank=4), folder, base="base", revision=None, names=PublishedNames(""))
+    model, there, nowhere = ModelFacts(base_folder, None, None), f"gs://{BUCKET}/a/adapter", f"gs://{BUCKET}/nope"
+
+    def start(uri: str, *more: str) -> PreflightResult:
+        given = load_settings([f"--lora.start={uri}", "--lora.rank=4", *more], {})
+        return next(iter(check_other_inputs(given, StorageOptions(), None, model)))
+
+    with gcs_server():
+        store = open_store(there)
+        for path in folder.iterdir():
+            store.upload(path, path.name)
+        assert start(there).state == "ok"
+        found = start(there, "--lora.layers=1")
+        assert (found.state, "/qlora-job-plan-" in found.what, there in found.what) == ("wrong", False, True)
+        assert start(nowhere).what.startswith(f"JOB_LORA__START: {nowhere}: there is no such object")
+        assert start(f"gs://{BUCKET}/a").what.startswith(f"JOB_LORA__START: gs://{BUCKET}/a has no adapter_config.json")
+        monkeypatch.setattr(preflight_models, "MAX_START_BYTES", 10)
+        assert start(there).state == "not checked"
+        attempt: Any = SimpleNamespace(work=tmp_path / "work", check_stop=lambda: None, recorded=lambda *_: None)
+        lora = load_settings(["--lora.rank=4"], {}).lora
+        assert pull_start_adapter(attempt, there, lora, StorageOptions())
+        with pytest.raises(SettingsError, match=f"JOB_LORA__START: {nowhere}/: there is no such object"):
+            pull_start_adapter(attempt, nowhere, lora, StorageOptions())
+        store.delete("adapter_config.json")
+        attempt.work = tmp_path / "new work"
+        with pytest.raises(DataError, match=f"JOB_LORA__START: {there} has no adapter_config.json"):
+            pull_start_adapter(attempt, there, lora, StorageOptions())

@@ -28,7 +28,7 @@ from job.results.summary import summary
 from job.runs import stage_records
 from job.runs.attempt import Attempt
 from job.runs.fault_injection import arm
-from job.runs.layout import EXPORTED_RUN, LEASE, Stage, attempt_key, marker_key, stage_key
+from job.runs.layout import EXPORTED_RUN, LEASE, SETTINGS, Stage, attempt_key, marker_key, stage_key
 from job.runs.lease import take
 from job.runs.open_attempt import open_attempt
 from job.runs.run_log import IdleLimit
@@ -466,6 +466,17 @@ def test_damaged_records_are_named(tmp_path: Path, key: str, damage: Callable[[b
     assert [problem.where for problem in found.problems] == [f"{run}/{key}"]
     assert (found.state, found.step) == ("running", 5 if key == attempt_key(1) else 7)
     assert any(line.lstrip().startswith("damaged") for line in as_lines(found))
+
+
+def test_damaged_settings_are_named(tmp_path: Path) -> None:
+    """The settings that the run began with; those of earlier versions have no seal, and are not damaged."""
+    with attempt_at(tmp_path / "run"):
+        path = tmp_path / "run" / SETTINGS
+        path.write_bytes(b'{"train.epochs": 1}')
+        assert seen(tmp_path / "run").problems == ()
+        for damaged in (b'{"train.epochs": 1', b"", b"[1]", sealed({"train.epochs": 1}).replace(b"1", b"2", 1)):
+            path.write_bytes(damaged)
+            assert [problem.where for problem in seen(tmp_path / "run").problems] == [str(path)]
 
 
 def test_the_fields_of_the_json_are_documented() -> None:

@@ -586,6 +586,17 @@ def test_a_key_for_encryption_is_not_ignored(tmp_path: Path, scheme: str) -> Non
                 verbs(store, tmp_path)[verb]()
 
 
+def test_a_storage_class_that_is_refused_is_named(tmp_path: Path) -> None:
+    """The store says only that a header is wrong; without a class of one's own, that is not about the setting."""
+    (tmp_path / "file").write_bytes(b"x")
+    with answering("az", lambda request: request.refuse(400, "InvalidHeaderValue")):
+        with pytest.raises(SettingsError, match=r"JOB_STORAGE__STORAGE_CLASS: NOPE is refused.*/run/a.*InvalidHeader"):
+            opened("az", storage_class="NOPE").upload(tmp_path / "file", "a")
+        with pytest.raises(SettingsError) as raised:
+            opened("az").upload(tmp_path / "file", "a")
+    assert "STORAGE_CLASS" not in str(raised.value)
+
+
 def test_a_version_is_deleted_without_a_signed_address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """An identity that cannot sign an address still deletes only the version that it means."""
     with azurite(tmp_path):
