@@ -17,7 +17,8 @@ from job.storage.open import StorageOptions, open_store
 ANSWER_SECONDS = 6.0
 ANSWER_TRIES = 4
 """Time limit of one request, and how often it is tried: with the pauses about 30 s."""
-_ASKED = "results.json"
+_ASKED = "answer"
+"""Key of an object that need not exist."""
 
 
 def require_answers(places: Iterable[str], options: StorageOptions) -> None:

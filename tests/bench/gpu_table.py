@@ -19,7 +19,10 @@ def lines(findings: Sequence[Finding]) -> list[str]:
     machine = _last(findings, "machine")
     name = "an unknown device" if machine is None else machine["gpu"]
     gpu = gpu_of(name)
-    price = "no list price" if gpu is None else f"{gpu.usd_per_hour:.2f} dollars an hour ({gpu.machine}, on demand)"
+    seller = None if gpu is None else gpu.machine(1)
+    price = "no list price"
+    if seller is not None:
+        price = f"{seller.usd_per_gpu:.2f} dollars an hour ({seller.name_for(1)}, on demand)"
     alpaca, full = (_last(findings, "buyers", rows=rows) for rows in ("alpaca", "4096"))
     scores, hflm = (_best(_of_text(findings, what), what, "questions_per_second") for what in ("score", "HFLM"))
     asked = "questions" if scores is not None and scores.get("text") else "lengths"
@@ -127,4 +130,5 @@ def _of(number: float | None, digits: int = 0) -> str:
 
 
 def _dollars(gpu: Gpu | None, speed: float | None) -> str:
-    return MISSING if gpu is None or not speed else f"{gpu.usd_per_hour / 3600 / speed * 1e6:.3f}"
+    seller = None if gpu is None else gpu.machine(1)
+    return MISSING if seller is None or not speed else f"{seller.usd_per_gpu / 3600 / speed * 1e6:.3f}"
