@@ -148,7 +148,7 @@ def _fastest_that_fits(
     """(the fastest placement with which training and scoring fit on this GPU; why, if not `gpu`).
 
     Args:
-        setup: What will be trained.
+        setup: The model, its adapter, and how they will be trained.
         lengths: Tokens of each example.
         global_batch_size: Examples of a step.
         budget: The token budget of a micro-batch.

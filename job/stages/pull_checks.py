@@ -29,9 +29,9 @@ from job.training.config import total_steps
 from job.training.execution_plan import AMPERE
 from job.training.gpu_capability import compute_capability
 from job.training.gpu_memory import gpu_memory
+from job.training.memory_check import Sharing, refuse_rows
 from job.training.memory_model import FP32, weight_bytes
 from job.training.model_checks import model_problems
-from job.training.refusal import Sharing, refuse_rows
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class Validation:
         self._blocks = [examples[start : start + block] for start in range(0, len(examples), block)]
 
     def __call__(self) -> float:
-        """The loss, in nats for each target token; for preferences the method's loss.
+        """The loss: the mean over target tokens, in nats; for preferences the method's loss.
 
         Raises:
             StepAbandoned: The job has to stop.

@@ -131,7 +131,7 @@ def test_a_launched_optimizer_step_that_never_begins(
         before.update({name: parameter.detach().clone() for name, parameter in trainable(model).items()})
 
     monkeypatch.setattr("job.training.launch_ahead.can_launch_behind_sum", lambda *_, **__: True)
-    monkeypatch.setattr("job.training.launch_ahead.LaunchedSum.has_come", lambda _: come)
+    monkeypatch.setattr("job.training.launch_ahead.LaunchedSum.is_complete", lambda _: come)
     recipe = replace(RESUMED, save_every_steps=1000, optimizer="adamw_8bit")
     saved: list[Path] = []
     hooks = Hooks(lambda _: None, lambda path, _: saved.append(path), lambda: False)
@@ -310,12 +310,12 @@ def test_a_lost_sum_is_left_on_its_stream(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "set_stream", lambda _: seen.append("new stream"))
     launched = LaunchedSum(Lost(), torch.device("cuda"))
     launched.finish()
-    assert not launched.has_come()
+    assert not launched.is_complete()
     launched.start(cast("torch.Tensor", SimpleNamespace(is_cuda=True)))
     with pytest.raises(StepAbandoned) as raised:
         launched.finish()
     assert isinstance(raised.value.__cause__, Unreachable)
     assert seen == ["sum", "event", "new stream"]
-    assert not launched.has_come()
+    assert not launched.is_complete()
     come = True
-    assert launched.has_come()
+    assert launched.is_complete()
