@@ -1,10 +1,10 @@
 """How processes and machines end: the keys that they write to the rendezvous store, and the common exit code.
 
-    end             the first failure, with which the other processes end: rank, exit code, reason
-    end#RANK        how a process failed: exit code, reason
-    machine#NUMBER  the exit code of a machine, from its launcher
-    read#NUMBER     the launcher of a machine has read how the others ended
-    gone#RANK       a process has ended, or is about to; if it failed, its failure is in the store
+    end             the first failure, which makes the other processes end: rank, exit code, reason
+    end#RANK        the failure of a process: rank, exit code, reason
+    machine#NUMBER  the exit code of a machine, written by its launcher
+    read#NUMBER     exists once the launcher of a machine has read how the others ended
+    gone#RANK       exists once a process has ended or is about to; if it failed, its failure is in the store before
 
 Most platforms take the exit code of one machine, often the first that ends, as that of the whole run. Therefore the
 launchers agree: each ends with the most serious exit code that any machine published (`errors.most_serious`).
@@ -23,7 +23,7 @@ from job.errors import Killed, exit_codes, most_serious
 END = "end"
 """Key of the first failure."""
 SETTLE_SECONDS = 10.0
-"""How long a launcher waits for those of the other machines; a machine that was lost publishes nothing."""
+"""How long a launcher waits for the exit codes of the other machines; a machine that was lost publishes none."""
 _PAUSE_SECONDS = 0.05
 
 
@@ -59,8 +59,7 @@ def read_key(machine: int) -> str:
 def publish_end(store: Any, process: int, exit_code: int, why: str) -> None:
     """Writes a process's failure to the store, and also as the first failure unless there already is one.
 
-    If the process itself has already written its failure, that is kept: its launcher, which calls this too, has less
-    information.
+    A failure that the process itself has written is not replaced: its launcher, which calls this too, knows less.
     """
     end = json.dumps({"process": process, "code": exit_code, "why": why[:2000]})
     store.compare_set(failure_key(process), "", end)
@@ -119,7 +118,7 @@ def _of_all(codes: dict[str, int], failed: Sequence[dict[str, Any]], machines: S
 
 
 def _known(code: int) -> int:
-    """The exit code; that of a killed process if it is not in the table, as with another version on another machine."""
+    """The exit code; that of a killed process if this version does not know it, as another machine's version may."""
     return code if code in exit_codes() else Killed.exit_code
 
 

@@ -46,15 +46,15 @@ After an operation has ended, the GPU is idle for the rest of the pause."""
 
 
 class ProcessGroup:
-    """`Processes` for a world of more than one.
+    """`Processes` for a run of several processes.
 
     Args:
         place: Rank and world size of this process.
         store: The common TCPStore, with a prefix for this run and this start.
         stop: This process's stop flag; `agree` sets it when that of another process is set.
-        report_progress: Called while this process waits. Process 0 does not call it, so that its watchdog detects a
-            deadlock, in which all wait for each other. The others do not call it while process 0 is stopped (`beat`),
-            since its watchdog is stopped too.
+        report_progress: Called while this process waits, so that its watchdog does not end it. Process 0 does not call
+            it, so that its watchdog detects a deadlock, in which all wait for each other. The other processes do not
+            call it while process 0 is suspended (`beat`), since its watchdog is suspended, too.
         grace_seconds: Seconds in which the other processes have to end after one has ended.
     """
 
@@ -66,7 +66,7 @@ class ProcessGroup:
         self._peers = Peers({})
         self._all_connected = self._gpus_connected = False
         self._failed = False
-        """Whether this process ends because another one has failed, and not because it had to stop before that."""
+        """Whether this process ends because another one failed, not because it had to stop before that."""
         self._calls = 0
         self._checked = -math.inf  # the first `check` reads the store
         self._beat, self._first_runs, self._left = 0, True, Event()
@@ -79,7 +79,7 @@ class ProcessGroup:
         if time.monotonic() - self._checked >= CHECK_SECONDS:
             self._checked = time.monotonic()
             with self._store_errors():
-                if self._beat_error is not None:  # else the others would take this process for stopped
+                if self._beat_error is not None:  # without beats the others would think that this process is suspended
                     raise self._beat_error
                 ended = self._store.check([END])
                 if ended:
@@ -90,9 +90,9 @@ class ProcessGroup:
                     self._first_runs = self._beat == 0 or self._beat != before  # 0: it has not begun
 
     def beat(self) -> None:
-        """In process 0: starts a thread that shows the others that this process runs, and is not stopped.
+        """In process 0: starts a thread that shows the others that this process is running, not suspended.
 
-        A process that is stopped (SIGSTOP, a frozen container) cannot notice it, nor does its connection break.
+        A suspended process (SIGSTOP, a frozen container) cannot notice that itself, and its connections stay open.
         """
 
         def run() -> None:
@@ -120,10 +120,10 @@ class ProcessGroup:
             self._peers = Peers({rank: self._get(key) for rank, key in keys.items() if self._store.check([key])})
 
     def wait_in_thread(self, call: Callable[[], object], *, stoppable: bool) -> None:
-        """Makes a call that blocks until all processes have made it, and notices meanwhile that another one has ended.
+        """Makes a call that blocks until all processes make it, and checks meanwhile whether another one has ended.
 
         Args:
-            call: Runs in a thread, which is left behind where the call cannot return any more.
+            call: Runs in a thread, which is abandoned if another process has ended, since the call may never return.
             stoppable: Whether this process may stop before the call returns.
 
         Raises:
@@ -254,7 +254,7 @@ class ProcessGroup:
             publish_end(self._store, self.place.rank, code, str(error) or type(error).__name__)
 
     def leave(self) -> None:
-        """At the end of the run, the other processes wait for process 0, and then process 0 waits for them.
+        """Called at the end of the run: the other processes wait for process 0, and then process 0 waits for them.
 
         They wait for process 0 because it has the most left to do, and some launchers kill all processes as soon as one
         has ended. Process 0 waits for them because the store may end with it, or with its launcher.
@@ -317,7 +317,7 @@ class ProcessGroup:
         self._finish(start, min(_PAUSE_SECONDS, longest), longest)
 
     def _finish(self, start: Callable[[], Any], pause: float = _PAUSE_SECONDS, longest: float = _MAX_PAUSE_SUM) -> None:
-        """Waits for a collective operation of torch's, in pauses that double up to the longest."""
+        """Waits for one of torch's collective operations, in pauses that double up to the longest."""
         with self._collective_errors():
             work = start()
             # Not stoppable: the other processes take part in this operation, and may learn of the stop from it.
@@ -325,9 +325,10 @@ class ProcessGroup:
             work.wait()
 
     def _connect_gpus(self, tensor: Any) -> None:
-        """Connects the GPUs by a first small sum. NCCL connects in its first exchange, and blocks the host until then.
+        """Connects the GPUs by a first small all-reduce, in a thread.
 
-        So a process that is killed before would not be noticed by those that wait for it there.
+        NCCL connects in its first collective operation, and blocks the host until all processes take part. In the main
+        thread, a process could not notice that another one was killed before that.
         """
         import torch
         import torch.distributed as dist
@@ -342,8 +343,9 @@ class ProcessGroup:
     def _collective_errors(self) -> Iterator[None]:
         """Context manager in which an error of torch means that another process has ended, unless memory ran out.
 
-        NCCL allocates its buffers in the first exchange, outside of torch's allocator. If memory runs out there, this
-        process cannot repeat the exchange, in which the others wait. So the error is published at once, and they end.
+        NCCL allocates its buffers in its first collective operation, outside of torch's allocator. If memory runs out
+        there, this process cannot repeat the operation, in which the others wait. So it publishes the error at once,
+        and they end.
         """
         try:
             yield
@@ -376,9 +378,9 @@ class ProcessGroup:
 
     @contextmanager
     def _store_errors(self) -> Iterator[None]:
-        """Within it, an error of torch's means that another process has ended, once all have come.
+        """Context manager in which an error of torch means that another process has ended.
 
-        Before that it is raised as it is: `rendezvous.join` knows that the store is gone, and no process is lost yet.
+        Before all processes have connected, it is raised unchanged: `rendezvous.join` takes it as a loss of the store.
         """
         try:
             yield
@@ -394,9 +396,11 @@ class ProcessGroup:
                 return self._ended()
         # If this process had to stop, the other one had to stop as well. Otherwise the other one may have run out of
         # memory, which no retry fixes, so it must not count as a preemption, whose retry is free.
-        kind = Preempted if self._stop() and not self._failed else Killed
+        error_class = Preempted if self._stop() and not self._failed else Killed
         self._end_by("the loss of another process")
-        return kind(f"another process of this run has ended; start the run again to resume it: {first_line(why)}")
+        return error_class(
+            f"another process of this run has ended; start the run again to resume it: {first_line(why)}"
+        )
 
     def _ended(self) -> JobError:
         """The error to raise when another process has failed."""
