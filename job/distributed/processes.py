@@ -1,6 +1,7 @@
 """Collective operations on the processes of a run: broadcast, all-gather, all-reduce, all-to-all.
 
-Many runs have a single process. The interface is `Processes`. `Alone` implements it for one process, `process_group.ProcessGroup` for several.
+Many runs have a single process. The interface is `Processes`; `Alone` implements it for one process, and
+`process_group.ProcessGroup` for several.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""First values of an adapter that come from the data or from the unquantized base: computed once in a run, and kept.
+"""Initial values of an adapter that are computed from the data or the unquantized base: once in a run, then stored.
 
-A restart before the first checkpoint begins with the same numbers: EVA's depend on the machine in their last bits, and
-LoftQ's need the unquantized base, which a restart does not download.
+So a restart before the first checkpoint begins with the same numbers. It could not compute them again: EVA's depend on
+the machine in their last bits, and LoftQ's need the unquantized base, which a restart does not download.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def put_first_values(attempt: Attempt, init: str, sources: Sources, model: Any, 
         steps: The run's batch plan.
 
     Raises:
-        SettingsError: The adapter cannot begin so.
+        SettingsError: This adapter or base does not support these initial values.
         Preempted: The job was asked to stop.
     """
     if init in INFORMED:
@@ -54,10 +54,10 @@ def put_first_values(attempt: Attempt, init: str, sources: Sources, model: Any, 
 
 
 def begin_alike(processes: Processes, model: Any) -> None:
-    """Gives the adapter process 0's values in all processes, where those of any process differ.
+    """Gives the adapter in all processes the values of process 0, if those of any process differ.
 
     Every process computes them from the same seed and weights. PiSSA's and OLoRA's decompositions depend on the machine
-    in their last bits, and processes add up gradients of one adapter only if it is the same in all of them.
+    in their last bits, and gradients may be summed over the processes only if all have the same adapter.
     """
     parameters = [parameter.data for parameter in trainable(model).values()]
     digest = hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in parameters)).hexdigest()

@@ -53,7 +53,7 @@ def evaluate_bases(attempt: Attempt, settings: Settings, sources: Sources, loade
     original = _evaluate_original(attempt, settings, sources, loaded, shared=shared, precision=precision)
     evaluated = evaluate_base(attempt, settings, sources, loaded, shared=shared, precision=precision)
     if loaded.model.device.type == "cuda":
-        give_back_memory()  # of the converted weights: the recording of a CUDA graph cannot use what torch has cached
+        give_back_memory()  # of the converted weights: recording a CUDA graph cannot use memory that torch has cached
     if evaluated is None or original is None:
         return evaluated
     return replace(
@@ -64,8 +64,8 @@ def evaluate_bases(attempt: Attempt, settings: Settings, sources: Sources, loade
 def objection_to_base(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, base: Evaluated) -> str:
     """Why the base has to be evaluated again although an earlier attempt did it, in words; empty if it has not.
 
-    The adapter and the exports are compared with it. Those that an earlier attempt evaluated were compared already;
-    those that this one will evaluate must be evaluated as the base was.
+    Adapter and exports are compared with the base. Those that this attempt evaluates must be evaluated like the base;
+    those that an earlier attempt evaluated have been compared already.
     """
     adapter = attempt.recorded(Stage.EVALUATE_ADAPTER, Evaluated)
     rules = generation_rules(settings, sources, loaded.model) if adapter is None else adapter.generation
@@ -119,7 +119,7 @@ def _evaluate_original(
 
 
 def _scored_otherwise(recorded: Evaluated, precision: ScoringPrecision) -> bool:
-    """Whether an earlier attempt, on a machine of another kind, scored it otherwise than the base will be."""
+    """Whether an earlier attempt, on another kind of machine, scored it in another precision than the base will be."""
     earlier = recorded.full_precision
     if earlier is None or not earlier.scores:
         return False
@@ -158,7 +158,7 @@ def _needed_bytes(settings: Settings, loaded: Loaded) -> int:
 
 
 def _free_bytes(attempt: Attempt, settings: Settings, loaded: Loaded) -> int:
-    """Bytes of memory that this process may fill."""
+    """Bytes of device memory that scoring the original base may use in this process."""
     if loaded.model.device.type == "cuda":
         return int(ORIGINAL_SHARE * free_gpu_bytes(settings.train.gpu_memory_gb))
     return int(ORIGINAL_SHARE * available_bytes()) // attempt.processes.place.local_world_size

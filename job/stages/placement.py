@@ -57,19 +57,19 @@ def decide_placement(
         lora: Settings of the adapter.
         sources: The base's folder, and the examples.
         processes: All processes of the run.
-        device: This process's.
+        device: The device of this process.
         budget: The token budget of a micro-batch.
         scoring_tokens: The most tokens of one forward pass that scores questions.
-        options: The adapter's.
+        options: The adapter's options.
 
     Raises:
-        SettingsError: JOB_MODEL__PLACEMENT is `host`, with too little main memory.
+        SettingsError: JOB_MODEL__PLACEMENT is `host`, but there is too little main memory.
     """
     requested, world, setup = model.placement, processes.place, None
     if model.quantization != "none":
         setup = setup_before_loading(model, train, lora, sources.folder, options)
     need = 0 if setup is None else packed_bytes(setup) * world.local_world_size
-    # Measured once for each machine: a process that measured later would count what another has already loaded.
+    # Read once on each machine: a process that read it later would count what another one has already loaded.
     available = processes.share_on_machine("available main memory", available_bytes)
     free = int(MAIN_MEMORY_SHARE * available)
     raise_problems(_too_little_main_memory(requested, setup, world.local_world_size, available))

@@ -56,7 +56,7 @@ def publish(
     exported: Exported,
     gpus: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Publishes card and report, and last the manifest, whose presence marks the run as complete; returns it.
+    """Publishes card and report, then the manifest, whose presence marks the run as complete; returns the manifest.
 
     Args:
         attempt: Where files are published.
@@ -67,7 +67,7 @@ def publish(
         trained: The training record and the adapter's files.
         adapter: The adapter's evaluation.
         exported: The other formats, with their evaluations.
-        gpus: Those of all processes.
+        gpus: The GPUs of all processes, as `host.hardware` describes them.
     """
     # an earlier attempt published it and was then killed
     if (published := read_complete(attempt.store, str(attempt.work))) is not None:
@@ -235,7 +235,7 @@ def publish_report_and_card(
 
 
 def _publish_document(attempt: Attempt, key: str, make: Callable[[], bytes]) -> Artifact | None:
-    """Publishes what `make` renders; None if that fails, which is logged."""
+    """Publishes what `make` renders; returns None, and logs the error, if rendering fails."""
     try:
         content = make()
     except JobError:

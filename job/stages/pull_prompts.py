@@ -34,8 +34,8 @@ def find_prompt_rows(
     """The prompts of JOB_EVAL__PROMPTS; an empty list if it is not set.
 
     Args:
-        attempt: Its work folder gets a copy from a store.
-        options: Settings of evaluation.
+        attempt: A file in a store is copied into its work folder.
+        options: Settings of the evaluation.
         rows: Settings of the training rows.
         storage: How to reach stores.
         tokens: The tokenized training and validation rows.

@@ -31,7 +31,7 @@ _KEPT_SHARE = 0.5
 def choose_precision(
     attempt: Attempt, evaluation: Eval, sources: Sources, loaded: Loaded, gigabytes: float | None
 ) -> ScoringPrecision:
-    """Chooses the precision, the same in all processes. Tries on rows of the training data whether fp16 overflows.
+    """Chooses the precision, the same in all processes. Training rows show whether activations overflow fp16.
 
     `gigabytes` is JOB_TRAIN__GPU_MEMORY_GB.
     """
@@ -139,7 +139,7 @@ def scoring_in(
 
 
 def is_precise(precision: ScoringPrecision | None) -> bool:
-    """Whether questions are scored in another precision than the model is trained in."""
+    """Whether questions are scored in another precision than that of training."""
     return precision is not None and precision.dtype != precision.sums
 
 

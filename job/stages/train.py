@@ -179,7 +179,7 @@ def _train(
 
 
 def _note_warmup(recipe: Recipe) -> None:
-    """Warns of a run of so few steps that its learning rate never reaches the peak that was set."""
+    """Warns if the run has too few steps for its learning rate to reach the peak."""
     if 0 < recipe.total_steps <= recipe.warmup_steps and recipe.learning_rate > 0:
         log.get_logger().warning(
             "the learning rate never reaches its peak: the warmup takes all optimizer steps",
@@ -236,7 +236,7 @@ def _stopped(attempt: Attempt, restored: checkpoint_store.Restored, total_steps:
 
 
 def software_of(plan: ExecutionPlan) -> dict[str, str]:
-    """What the bits of a checkpoint depend on: versions, and the kernel of long rows, which the machine decides."""
+    """What the bits of a checkpoint depend on: versions, and the attention kernel of this machine for long rows."""
     return host.software() | ({} if plan.attention is None else {"attention of long rows": plan.attention})
 
 
@@ -339,7 +339,7 @@ def _step_logger(
 
 
 def _validated(attempt: Attempt, metrics: ValidationMetrics) -> None:
-    """Logs a validation, and tells the trackers."""
+    """Logs a validation, and sends it to the trackers."""
     seconds = round(float(metrics.measured["seconds"] or 0), 3)
     rewards = {f"eval_{name}": round(value, 4) for name, value in metrics.preference.items()}
     log.get_logger().info(
@@ -355,12 +355,12 @@ def _committed(attempt: Attempt, step: int, seconds: float) -> None:
 
 
 def _fits(attempt: Attempt, watch: Stopwatch, publisher: AsyncUploader) -> Callable[[float], bool]:
-    """Whether there is time for a share of a step and for saving, after an upload that is in progress has ended."""
+    """Returns `Hooks.fits`: whether there is time for a part of a step and for saving, after any upload in progress."""
 
     def fits(share: float) -> bool:
         uploads = 2 * max(publisher.seconds, default=0.0)
-        plan = decide(replace(watch.timings, upload=uploads), attempt.stop.remaining(), share)
-        return plan == ("finish_step" if share > 0 else "save_now")
+        decision = decide(replace(watch.timings, upload=uploads), attempt.stop.remaining(), share)
+        return decision == ("finish_step" if share > 0 else "save_now")
 
     return fits
 
