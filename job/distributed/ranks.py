@@ -18,7 +18,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 LAUNCHER = "QLORA_JOB_LAUNCHER"
 """Variable with the process id of this job's launcher."""
 PORT = 29400
-"""Default port on which machine 0 listens, in a run of several machines; torchrun's default as well."""
+"""Port on which machine 0 listens on SageMaker, torchrun's default. Elsewhere JOB_RUN__RENDEZVOUS names the port."""
 
 _MOST_PROCESSES, _MOST_PORT = 1_000_000, 65_535
 _NUMBER = re.compile(r"[0-9]{1,7}", re.ASCII)
