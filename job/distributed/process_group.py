@@ -191,18 +191,18 @@ class ProcessGroup:
             self._stop.request("another process, which had to stop", seconds_left)
         return repeat
 
-    def add_up(self, tensor: Any) -> None:
+    def all_reduce(self, tensor: Any) -> None:
         """See `Processes`."""
         from torch.distributed import ReduceOp
 
         self._reduce(tensor, ReduceOp.SUM, longest=_SHORT_PAUSE_SECONDS if tensor.is_cuda else _MAX_PAUSE_SUM)
 
-    def start_add_up(self, tensor: Any) -> Callable[[], None]:
+    def start_all_reduce(self, tensor: Any) -> Callable[[], None]:
         """See `Processes`."""
         import torch.distributed as dist
 
         if not tensor.is_cuda:  # gloo's wait would block the host, which then could not notice another process's end
-            self.add_up(tensor)
+            self.all_reduce(tensor)
             return lambda: None
         with self._collective_errors():
             self._connect_gpus(tensor)

@@ -56,11 +56,11 @@ class Processes(Protocol):
     def agree(self, *, repeat: bool) -> bool:
         """Whether any process has to repeat the current step. Also sets `stopping` if any has to stop."""
 
-    def add_up(self, tensor: Any) -> None:
-        """All-reduce: replaces the tensor, in place, by its sum over all processes, and waits for that."""
+    def all_reduce(self, tensor: Any) -> None:
+        """Replaces the tensor, in place, by its sum over all processes, and waits for that."""
 
-    def start_add_up(self, tensor: Any) -> Callable[[], None]:
-        """Starts `add_up` and returns. On a GPU, work that is launched afterwards waits for the sum; the host does not.
+    def start_all_reduce(self, tensor: Any) -> Callable[[], None]:
+        """Starts `all_reduce`, and returns. On a GPU, work launched afterwards waits for the sum; the host does not.
 
         Returns:
             A function that waits for the sum. If another process has ended, it raises that process's error, and work
@@ -120,12 +120,12 @@ class Alone:
         """Returns `repeat`."""
         return repeat
 
-    def add_up(self, tensor: Any) -> None:
+    def all_reduce(self, tensor: Any) -> None:
         """Does nothing: the sum over one process is the tensor itself."""
 
-    def start_add_up(self, tensor: Any) -> Callable[[], None]:
-        """Calls `add_up`."""
-        self.add_up(tensor)
+    def start_all_reduce(self, tensor: Any) -> Callable[[], None]:
+        """Calls `all_reduce`."""
+        self.all_reduce(tensor)
         return lambda: None
 
     def exchange(self, number: int) -> list[int]:

@@ -68,7 +68,7 @@ def begin_alike(processes: Processes, model: Any) -> None:
         value = parameter.cpu().clone()
         if not processes.leads:
             value.zero_()
-        processes.add_up(value)
+        processes.all_reduce(value)
         parameter.copy_(value)
 
 

@@ -76,7 +76,7 @@ class LaunchedSum:
         Raises:
             JobError: Another process has ended.
         """
-        self._wait = self._processes.start_add_up(tensor)
+        self._wait = self._processes.start_all_reduce(tensor)
         self._behind = torch.cuda.current_stream().record_event() if tensor.is_cuda else None
 
     def finish(self) -> None:

@@ -113,7 +113,7 @@ class Validation:
             sums += self._own_sum(block, compute, numbers)
             self._hooks.on_progress()
         try:
-            self._processes.add_up(sums)
+            self._processes.all_reduce(sums)
         except JobError as error:
             raise StepAbandoned from error
         return sums

@@ -263,7 +263,7 @@ def test_an_end_is_noticed_while_gpus_connect(team: Team, monkeypatch: pytest.Mo
     monkeypatch.setattr(process_group, "CHECK_SECONDS", 0.05)
     released = threading.Event()
     monkeypatch.setattr("torch.distributed.all_reduce", lambda *_, **__: released.wait(600))
-    waiting = team.start(*[lambda member: member.start_add_up(OnGPU())] * 2)
+    waiting = team.start(*[lambda member: member.start_all_reduce(OnGPU())] * 2)
     team.members[2].end(DataError([Problem("row 3", "is empty")]))
     try:
         assert [type(future.exception(timeout=60)) for future in waiting] == [DataError, DataError]
@@ -282,7 +282,7 @@ def test_gpus_connect_once(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.distributed.all_reduce", exchange)
     monkeypatch.setattr("torch.distributed.all_gather_into_tensor", exchange)
     member = team.members[0]
-    member.start_add_up(OnGPU())()
+    member.start_all_reduce(OnGPU())()
     member.gather_into(None, OnGPU())()
     here = threading.current_thread()
     assert [thread is here for thread in threads] == [False, True, True]
@@ -296,7 +296,7 @@ def test_an_error_while_gpus_connect_is_raised(team: Team, monkeypatch: pytest.M
 
     monkeypatch.setattr("torch.distributed.all_reduce", fail)
     with pytest.raises(TrainingFailed, match="JOB_TRAIN__GPU_MEMORY_GB"):
-        team.members[1].start_add_up(OnGPU())
+        team.members[1].start_all_reduce(OnGPU())
 
 
 def test_the_others_are_not_alive_for_a_first_one_that_is_stopped(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,7 +345,7 @@ def test_gpus_connect_before_the_first_sum_of_any_kind(team: Team, monkeypatch: 
     monkeypatch.setattr(process_group, "CHECK_SECONDS", 0.05)
     released = threading.Event()
     monkeypatch.setattr("torch.distributed.all_reduce", lambda *_, **__: released.wait(600))
-    (waiting,) = team.start(lambda member: member.add_up(OnGPU()))
+    (waiting,) = team.start(lambda member: member.all_reduce(OnGPU()))
     team.members[2].end(DataError([Problem("row 3", "is empty")]))
     try:
         assert type(waiting.exception(timeout=60)) is DataError

@@ -58,7 +58,7 @@ def test_one_process_is_alone(place: Place | None) -> None:
     assert ALONE.receive() == []
     assert [ALONE.agree(repeat=repeat) for repeat in (True, False)] == [True, False]
     ALONE.check()
-    ALONE.add_up(None)
+    ALONE.all_reduce(None)
     assert not ALONE.stopping
 
 

@@ -140,7 +140,7 @@ class Two(Alone):
         """The first process has another hash."""
         return ["other", value]
 
-    def add_up(self, tensor: Any) -> None:
+    def all_reduce(self, tensor: Any) -> None:
         """Adds what the first process has."""
         tensor += next(self.other)
 

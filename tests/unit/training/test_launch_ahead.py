@@ -67,9 +67,9 @@ class Left(Beside):
 class LeftInSum(Beside):
     """Its neighbour ends during the third step too, which is found out when the sum is waited for."""
 
-    def start_add_up(self, tensor: torch.Tensor) -> Callable[[], None]:
+    def start_all_reduce(self, tensor: torch.Tensor) -> Callable[[], None]:
         """The sum of the third step never comes."""
-        self.add_up(tensor)
+        self.all_reduce(tensor)
         return super().check if len(self.sizes) < 3 else self.fail
 
     def fail(self) -> None:
@@ -112,8 +112,8 @@ def test_a_launched_optimizer_step_that_never_begins(
     before: dict[str, torch.Tensor] = {}
 
     class Waiting(LeftInSum):
-        def start_add_up(self, tensor: torch.Tensor) -> Callable[[], None]:
-            end = super().start_add_up(tensor)
+        def start_all_reduce(self, tensor: torch.Tensor) -> Callable[[], None]:
+            end = super().start_all_reduce(tensor)
 
             def wait() -> None:
                 seen.append("sum")
@@ -298,7 +298,7 @@ def test_a_lost_sum_is_left_on_its_stream(monkeypatch: pytest.MonkeyPatch) -> No
             return SimpleNamespace(query=lambda: come)
 
     class Lost(Beside):
-        def start_add_up(self, tensor: torch.Tensor) -> Callable[[], None]:
+        def start_all_reduce(self, tensor: torch.Tensor) -> Callable[[], None]:
             seen.append("sum")
             return self.lost
 

@@ -793,7 +793,7 @@ class Beside(Alone):
         self.asked.append(repeat)
         return repeat or len(self.asked) in self.failing
 
-    def add_up(self, tensor: torch.Tensor) -> None:
+    def all_reduce(self, tensor: torch.Tensor) -> None:
         """The neighbour adds what it has."""
         self.sizes.append(tensor.numel())
 
@@ -839,7 +839,7 @@ def test_a_process_without_examples_follows(
         leads = False
         place = Place(rank=1, world_size=2)
 
-        def add_up(self, tensor: torch.Tensor) -> None:
+        def all_reduce(self, tensor: torch.Tensor) -> None:
             assert not tensor.any()
             tensor += 0.5
 
