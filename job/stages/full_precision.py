@@ -1,8 +1,8 @@
 """The third evaluation: the base with its original weights, before it is quantized, on the same questions.
 
-Without it a gain of training cannot be distinguished from a recovered loss of quantization. It is part of the
-stage that evaluates the base, and comes first in it; it is a separate model, loaded beside the quantized base and
-freed again. Its scores are cached like the base's, so that other runs with the same base need not load it.
+Without it a gain of training cannot be distinguished from a recovered loss of quantization. It is part of the stage
+that evaluates the base, and comes first in it. It is a separate model, loaded in addition to the quantized base and
+freed afterwards. Its scores are cached like the base's, so that other runs with the same base need not load it.
 """
 
 from __future__ import annotations

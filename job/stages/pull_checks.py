@@ -179,8 +179,8 @@ def step_problems(settings: CheckedSettings, examples: Sequence[Example]) -> Ite
 def refuse_long_row(attempt: Attempt, folder: Path, settings: CheckedSettings, longest: int, where: str) -> None:
     """Refuses a row that does not fit even on an otherwise empty GPU, during the download of the weights.
 
-    `training.prepare` can refuse shorter rows later, when the attention kernel and the memory beside the loaded model
-    are known.
+    `training.prepare` can refuse shorter rows later, when the attention kernel is known, and how much memory the
+    loaded model leaves.
 
     Args:
         attempt: Its processes may divide the row.

@@ -1,4 +1,4 @@
-"""The models of a run beside its base: the adapter that training starts from, the safety classifier, the judge.
+"""The models of a run besides its base: the adapter that training starts from, the safety classifier, the judge.
 
 Each is fetched in the version that the first attempt recorded, and checked as far as that is possible without weights.
 """

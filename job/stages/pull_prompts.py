@@ -107,7 +107,7 @@ def _prompts_of_rows(
 
 
 def _longest_prompt(options: Eval, rows: RowSettings) -> int:
-    """The most tokens of a prompt, so that the answer fits behind it."""
+    """The most tokens of a prompt that leave room for the answer."""
     return rows.train.max_length - options.prompts_max_new_tokens
 
 

@@ -89,7 +89,7 @@ def _on_gpu(model: Any) -> bool:
 def other_precision(base: Evaluated, evaluation: Eval, loaded: Loaded) -> str:
     """Why a base that was scored cannot be compared with what will be scored here, in words; empty if it can."""
     base_precision, trained_in = base.precision, loaded.record.dtype
-    if base_precision is None:  # in records of older versions, which do not tell
+    if base_precision is None:  # older versions did not record it
         return ""
     if not is_precise(base_precision):  # an earlier attempt may have been on a machine of another kind
         why = f"the base was scored in {base_precision.dtype}, and the adapter would be in {trained_in} here"
