@@ -24,7 +24,7 @@ from job.distributed.ranks import Place
 from job.distributed.rendezvous import host_store, keyspace, publish_foreign_process, reach_store
 from job.errors import JobError, Unreachable
 
-_PUBLISH_SECONDS = 30.0
+_ANNOUNCE_SECONDS = 30.0
 """How long this process tries to publish its end: machines that are started together are not ready at the same time."""
 _ANSWER_SECONDS = 5.0
 _PAUSE_SECONDS = 0.1
@@ -52,13 +52,13 @@ def publishing_early_end(
                 ("machine", "machines") if isinstance(member_and_run[0], Machine) else ("process", "processes")
             )
             what = f"this {kind} cannot take part in the run; the other {kinds} are informed"
-            log.get_logger().warning(what, at_most_seconds=_PUBLISH_SECONDS)
+            log.get_logger().warning(what, at_most_seconds=_ANNOUNCE_SECONDS)
             reporting = in_thread(
                 partial(_report_end, *member_and_run, error.exit_code, str(error), received), "early end"
             )
             # A request to a store that does not answer blocks, without limit if the store's machine is suspended. So
             # the thread is abandoned at the limit, or when a signal arrives.
-            limit = time.monotonic() + _PUBLISH_SECONDS + 2 * _ANSWER_SECONDS
+            limit = time.monotonic() + _ANNOUNCE_SECONDS + 2 * _ANSWER_SECONDS
             while not reporting.done() and not received and time.monotonic() < limit:
                 wait([reporting], timeout=_PAUSE_SECONDS)
             # Whether that succeeded or not, the error below is what this process ends with.
@@ -73,7 +73,7 @@ def _report_end(member: Machine | Place, run: str | None, code: int, why: str, s
     Raises:
         OSError, RuntimeError, Unreachable: The store cannot be reached, or hosted.
     """
-    deadline = time.monotonic() + _PUBLISH_SECONDS
+    deadline = time.monotonic() + _ANNOUNCE_SECONDS
 
     def is_over() -> bool:
         return bool(signals) or time.monotonic() > deadline
