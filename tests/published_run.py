@@ -321,7 +321,7 @@ def _trained(store: LocalStore, work: Path, attempts: int, run: str, *, validate
             best = {"model.q_proj.lora_A.default.weight": torch.full((3, 4), 2.0)}
             write_validations(state, validations[: 1 + step // 2], best if step == STEPS else None)
         epoch = attempts if step == STEPS else 1
-        checkpoint_store.publish(store, state, step, checkpoint_store.MarkerFields(epoch, 1, host.software(), run))
+        checkpoint_store.commit(store, state, step, checkpoint_store.MarkerFields(epoch, 1, host.software(), run))
     if validated:
         weights = np.full((3, 4), 2, dtype=np.float32)
     save_file({"model.q_proj.lora_A.weight": weights}, work / "adapter", {"format": "pt"})

@@ -56,7 +56,7 @@ def read_key(machine: int) -> str:
     return f"read#{machine}"
 
 
-def publish_end(store: Any, process: int, exit_code: int, why: str) -> None:
+def announce_end(store: Any, process: int, exit_code: int, why: str) -> None:
     """Writes a process's failure to the store, and also as the first failure unless there already is one.
 
     If the process itself has already written its failure, that is kept: its launcher, which calls this too, has less

@@ -18,10 +18,10 @@ from typing import Any
 
 from job import log
 from job.common.threads import in_thread
-from job.distributed.common_exit_code import ended_key, gone_key, publish_end, read_key
+from job.distributed.common_exit_code import announce_end, ended_key, gone_key, read_key
 from job.distributed.launcher import Machine, split_address
 from job.distributed.ranks import Place
-from job.distributed.rendezvous import host_store, keyspace, publish_foreign_process, reach_store
+from job.distributed.rendezvous import announce_foreign_process, host_store, keyspace, reach_store
 from job.errors import JobError, Unreachable
 
 _TELL_SECONDS = 30.0
@@ -33,7 +33,7 @@ _LAST_SECONDS = 1.0
 
 
 @contextmanager
-def publishing_early_end(
+def announcing_early_end(
     find: Callable[[], tuple[Machine | Place, str | None] | None], received: Sequence[int] = ()
 ) -> Iterator[None]:
     """Within it, an error that no retry helps is published to the others before it is raised further.
@@ -90,9 +90,9 @@ def _report_end(member: Machine | Place, run: str | None, code: int, why: str, s
     store = host_store(place.port) if hosts else _reach(place, is_over)
     keys: Any = None if run is None else keyspace(store, run, place.restart)
     if keys is None:
-        publish_foreign_process(store, f"{name} has ended: {why}")
+        announce_foreign_process(store, f"{name} has ended: {why}")
     else:
-        publish_end(keys, rank, code, why)
+        announce_end(keys, rank, code, why)
         for key, value in {**ended, own_end: ""}.items():
             keys.set(key, value)
     if hosts:

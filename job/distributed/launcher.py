@@ -234,7 +234,7 @@ def _watch(context: Any, signals: list[int], grace_seconds: float, others: Other
         late = {local for local, code in ended.items() if -code in signals}
         for local in sorted(local for local, code in ended.items() if code and local not in published):
             published.add(local)
-            others.publish(local, _one_exit_code({local: ended[local]}, late), _how_it_ended(ended[local]))
+            others.announce_end(local, _one_exit_code({local: ended[local]}, late), _how_it_ended(ended[local]))
         if deadline == float("inf"):
             stopped = bool(signals)
         if ended or signals:

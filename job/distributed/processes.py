@@ -31,11 +31,11 @@ class Processes(Protocol):
     def check(self) -> None:
         """Raises the error with which another process has ended, if one has."""
 
-    def share(self, name: str, value: Callable[[], T]) -> T:
+    def broadcast(self, name: str, value: Callable[[], T]) -> T:
         """The JSON-able result of `value`, which only process 0 calls; the others wait. `name` is part of its key."""
 
-    def share_on_machine(self, name: str, value: Callable[[], T]) -> T:
-        """Like `share` on each machine: the machine's first process calls `value`."""
+    def broadcast_on_machine(self, name: str, value: Callable[[], T]) -> T:
+        """Like `broadcast` on each machine: the machine's first process calls `value`."""
 
     def gather(self, name: str, value: Any) -> list[Any]:
         """The JSON-able values of all processes, in the order of their ranks."""
@@ -91,11 +91,11 @@ class Alone:
     def check(self) -> None:
         """Does nothing."""
 
-    def share(self, name: str, value: Callable[[], T]) -> T:  # noqa: ARG002 - as in Processes
+    def broadcast(self, name: str, value: Callable[[], T]) -> T:  # noqa: ARG002 - as in Processes
         """Calls `value`."""
         return value()
 
-    share_on_machine = share
+    broadcast_on_machine = broadcast
 
     def gather(self, name: str, value: Any) -> list[Any]:  # noqa: ARG002 - as in Processes
         """A list of this value."""

@@ -146,7 +146,7 @@ class Attempt:
         Raises:
             Preempted: The job has to end.
         """
-        self.processes.share("pause", self._pause)
+        self.processes.broadcast("pause", self._pause)
 
     def _pause(self) -> None:
         if seconds := idle_pause(self.idle_before):
@@ -229,7 +229,7 @@ class Attempt:
 
     def _stages_so_far(self) -> dict[str, float]:
         """Seconds by stage, including the current one: a killed attempt is known by its last note."""
-        stage = self._stage  # notes are written by the publisher's thread too
+        stage = self._stage  # notes are written by the uploader's thread too
         if stage is None:
             return dict(self.stage_seconds)
         name, began = stage
@@ -247,7 +247,7 @@ class Attempt:
         All processes compute; process 0's result is shared with all of them. The others may return None.
         """
         name, adapter = stage.value, adapter_of(kind)
-        kept = self.processes.share(f"record of {name}", lambda: self._kept(name, adapter, objection))
+        kept = self.processes.broadcast(f"record of {name}", lambda: self._valid_record(name, adapter, objection))
         if kept is not None:
             if name not in self.stage_seconds:
                 log.get_logger().info("stage was finished by an earlier attempt", stage=name)
@@ -256,8 +256,8 @@ class Attempt:
             result = compute()
             record = "" if result is None else adapter.dump_json(result).decode()
             if self.processes.leads:
-                self.keep(name, record)
-        record = self.processes.share(f"result of {name}", lambda: record)
+                self.write_record(name, record)
+        record = self.processes.broadcast(f"result of {name}", lambda: record)
         self.note("running")
         return adapter.validate_json(record)
 
@@ -285,7 +285,7 @@ class Attempt:
         artifacts = getattr(record, "artifacts", ())
         return missing(self.store, artifacts) or self.damaged(artifacts)
 
-    def keep(self, name: str, record: str) -> None:
+    def write_record(self, name: str, record: str) -> None:
         """Writes a record (a JSON object) that `recorded` and `stage` read in later attempts."""
         key = stage_key(name)
         tag = self.store.tag(key)
@@ -307,7 +307,7 @@ class Attempt:
             return None
         return record
 
-    def _kept(self, name: str, adapter: TypeAdapter[Any], objection: Callable[[Any], str]) -> str | None:
+    def _valid_record(self, name: str, adapter: TypeAdapter[Any], objection: Callable[[Any], str]) -> str | None:
         """The record of a stage, if there is a valid one."""
         record = self._read_record(name, adapter)
         if record is not None and (why := objection(record)):

@@ -62,11 +62,11 @@ class StepGradient:
 
     Args:
         model: A PEFT model over a base loaded with packed attention.
-        steps: The batch plan, and which share of it is this process's.
+        steps: The batch plan, and which part of it is this process's.
         parameters: The adapter. The gradient is left in `parameters.gradient`.
         recipe: Only the seed, the initial token budget and label smoothing are used.
         plan: The initial execution plan.
-        hooks: Only `stop`, `fits` and `on_progress` are used.
+        hooks: Only `stop`, `has_time` and `on_progress` are used.
         processes: The processes that share the step.
         packed_gradient: Used if the plan is not `padded`.
         preference: Used in place of `packed_gradient` for preferences (DPO, KTO, ORPO), whose loss is a mean over
@@ -216,7 +216,7 @@ class StepGradient:
         """
         groups = self._steps.micro_batches(number, self.budget)
         for done, group in enumerate(groups):
-            if self._hooks.stop() and not self._hooks.fits(1 - done / len(groups)):
+            if self._hooks.stop() and not self._hooks.has_time(1 - done / len(groups)):
                 raise StepAbandoned
             yield group
 
@@ -266,7 +266,7 @@ class StepGradient:
             StepAbandoned: There is no time for it. It was launched when the end of the step before was still to come.
         """
         self._meanwhile()
-        if self._ahead and self._hooks.stop() and not self._hooks.fits(1.0):
+        if self._ahead and self._hooks.stop() and not self._hooks.has_time(1.0):
             use_new_stream(self._device)
             raise StepAbandoned
 

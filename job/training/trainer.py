@@ -234,7 +234,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         alone = processes.place.world_size == 1
         return [
             AroundOptimizerStep(self.before_optimizer_step, self.after_optimizer_step),
-            StopOnFlag(hooks.stop if alone else lambda: processes.stopping, hooks.fits),
+            StopOnFlag(hooks.stop if alone else lambda: processes.stopping, hooks.has_time),
             ValidateOnSchedule(self.validation_is_due, self.evaluate),
         ]
 
@@ -458,7 +458,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def save_if_it_fits(self) -> None:
         """Saves the last finished step, whose state is unchanged since, unless it is saved or there is no time."""
-        if self.state.global_step > self.saved_step and self.hooks.fits(0.0):
+        if self.state.global_step > self.saved_step and self.hooks.has_time(0.0):
             self._save_checkpoint(self.model, None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -485,7 +485,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
 
 def steps_of(examples: Sequence[Example], recipe: Recipe, processes: Processes) -> Steps:
-    """The batch plan, and which share of it is this process's."""
+    """The batch plan, and which part of it is this process's."""
     seed = recipe.seed if recipe.data_seed is None else recipe.data_seed
     place = processes.place
     return Steps(examples, seed, recipe.global_batch_size, recipe.total_steps, place.rank, place.world_size)
