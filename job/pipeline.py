@@ -40,7 +40,7 @@ from job.runs.stage_records import require_same_inputs
 from job.settings.load import Settings
 from job.settings.training_stages import settings_renamed_in_errors, split_stages
 from job.stages.handoff import Loaded, Sources
-from job.stages.publish import publish
+from job.stages.publish import StageResults, publish
 from job.stages.pull import pull
 from job.stages.pull_audit import publish_findings
 from job.start_and_end import ProcessContext, check_before_lease, deliver_and_push, deliver_if_complete, next_attempt
@@ -262,11 +262,8 @@ def _publish(
                 attempt,
                 settings,
                 sources,
+                StageResults(base=base, trained=trained, adapter=adapter, exported=exported),
                 model=loaded.record,
-                base=base,
-                trained=trained,
-                adapter=adapter,
-                exported=exported,
                 gpus=gpus,
             ),
         )

@@ -132,23 +132,22 @@ def publish_run(
         key = f"stages/{name}.json"
         store.write(key, stage_records.render(key, json.dumps(asdict(found)), run, attempts))
     store.write("scores/0123/kept.jsonl", b"{}\n")
-    tasks = compare_tasks(base.scores, adapter.scores)
     against, copies = baseline(store, adapter) if baseline else (None, [])
     on_merged = chosen.gate.on == "merged" and exported
     judged = exports.exports[0].scores[exports.exports[0].candidate] if on_merged else adapter.scores
     results = manifest.build(
-        run_id=folder.name,
+        run=manifest.RunSection(id=folder.name, attempts=ledger, finished="2026-01-05T10:00:00Z"),
         settings=redacted(chosen),
-        attempts=ledger,
-        finished="2026-01-05T10:00:00Z",
         model=model,
         dataset=dataset,
         training=trained.training,
-        tasks=tasks,
-        groups=compare_groups(groups or {}, base, adapter),
+        evaluation=manifest.EvaluationSection(
+            tasks=compare_tasks(base.scores, adapter.scores),
+            groups=compare_groups(groups or {}, base, adapter),
+            full_precision=manifest.full_precision_record(base, adapter.scores),
+            near_ties=compare_near_ties(base.scores, adapter.scores, model.dtype),
+        ),
         exports=manifest.exports_record(exports, base, adapter.scores),
-        full_precision=manifest.full_precision_record(base, adapter.scores),
-        near_ties=compare_near_ties(base.scores, adapter.scores, model.dtype),
         gate=evaluate_gate(
             compare_tasks(base.scores, judged),
             **chosen.gate.model_dump(exclude={"baseline", "policy"}),
