@@ -122,6 +122,8 @@ class Attempt:
     """Tag of this attempt's record as it wrote it last."""
     _over: bool = False
     """Whether the attempt's end is recorded: what is noted later, such as by a thread, must not overwrite it."""
+    _intact: set[Artifact] = field(default_factory=set)
+    """What of finished stages this attempt has found to be there byte for byte."""
     _noting: Lock = field(default_factory=Lock)
     _began: float = field(default_factory=time.monotonic)
     _next_note: float = field(default_factory=time.monotonic)
@@ -281,9 +283,12 @@ class Attempt:
         return record is not None and not self._gone(record)
 
     def _gone(self, record: Any) -> list[str]:
-        """What a stage published, by path, that is missing or damaged."""
+        """What a stage published, by path, that is missing or damaged. What was intact is not downloaded again."""
         artifacts = getattr(record, "artifacts", ())
-        return missing(self.store, artifacts) or self.damaged(artifacts)
+        gone = missing(self.store, artifacts) or self.damaged(one for one in artifacts if one not in self._intact)
+        if not gone:
+            self._intact.update(artifacts)
+        return gone
 
     def write_record(self, name: str, record: str) -> None:
         """Writes a record (a JSON object) that `recorded` and `stage` read in later attempts."""

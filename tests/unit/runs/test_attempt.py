@@ -148,6 +148,24 @@ def test_a_stage_is_done_if_all_is_there(tmp_path: Path, change: str, *, done: b
     assert attempt.is_done(Stage.TRAIN, Uploaded) is done
 
 
+def test_what_a_stage_published_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that resumes after training asks before it loads the model, and again when it comes to the stage."""
+    attempt, downloaded = make_attempt(tmp_path), list[str]()
+    (tmp_path / "file").write_bytes(b"weights")
+    published = Uploaded([attempt.publish(tmp_path / "file", "artifacts/weights")])
+    attempt.write_record(Stage.TRAIN, json.dumps(asdict(published)))
+    download = attempt.store.download
+
+    def counted(key: str, path: Path, **options: Any) -> None:
+        downloaded.append(key)
+        download(key, path, **options)
+
+    monkeypatch.setattr(attempt.store, "download", counted)
+    assert attempt.is_done(Stage.TRAIN, Uploaded)
+    assert attempt.stage(Stage.TRAIN, Uploaded, lambda: pytest.fail("it was done again")) == published
+    assert downloaded == ["artifacts/weights"]
+
+
 def noted_of(store: LocalStore, number: int) -> dict[str, Any]:
     """What the run log says of an attempt."""
     kept = store.read(f"attempts/{number:04d}.json")
