@@ -159,11 +159,6 @@ class Steps:
         return step / steps_per_epoch(len(self.examples), self.global_batch_size)
 
 
-def tokens_of(examples: Sequence[Example]) -> int:
-    """Tokens of all of them."""
-    return sum(len(example.input_ids) for example in examples)
-
-
 def by_weight(examples: Sequence[Example]) -> list[tuple[Sequence[Example], float]]:
     """The examples in groups of the same weight, in the order in which the weights appear; none of weight 0."""
     weights = dict.fromkeys(example.weight for example in examples)
