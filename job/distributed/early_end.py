@@ -1,8 +1,8 @@
-"""A machine or process that ends before it has connected, such as for invalid settings, publishes that it has ended.
+"""A machine or process that ends before it has connected, such as for invalid settings, announces that it has ended.
 
 Otherwise the others would wait for it for JOB_TRAIN__STALL_SECONDS. Where this job launches the processes, the launcher
 of a machine reads the settings first and writes for all of its processes; under torchrun each process writes for
-itself. Only ends that no retry helps are published: after any other one the platform starts the machine again, and the
+itself. Only ends that no retry helps are announced: after any other one the platform starts the machine again, and the
 others continue with it.
 """
 
@@ -36,7 +36,7 @@ _LAST_SECONDS = 1.0
 def announcing_early_end(
     find: Callable[[], tuple[Machine | Place, str | None] | None], received: Sequence[int] = ()
 ) -> Iterator[None]:
-    """Within it, an error that no retry helps is published to the others before it is raised further.
+    """Within it, an error that no retry helps is announced to the others before it is raised further.
 
     Args:
         find: Called after such an error: this machine, or this process if another launcher has started it, and the
@@ -68,7 +68,7 @@ def announcing_early_end(
 
 
 def _report_end(member: Machine | Place, run: str | None, code: int, why: str, signals: Sequence[int]) -> None:
-    """Publishes the end of this machine or process; where the first one hosts the store, until the others have read it.
+    """Announces the end of this machine or process; where the first one hosts the store, until the others have read it.
 
     Raises:
         OSError, RuntimeError, Unreachable: The store cannot be reached, or hosted.

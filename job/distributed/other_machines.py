@@ -83,7 +83,7 @@ class OtherMachines:
             self.lost = time.monotonic() - self._answered > _GONE_SECONDS
 
     def announce_end(self, local: int, code: int, why: str) -> None:
-        """Publishes that a process of this machine has failed; does not wait for it."""
+        """Announces that a process of this machine has failed; does not wait for it."""
         rank = self._place.rank + local
         self._requests.submit(self._ask, lambda store: announce_end(store, rank, code, why), None, 0.0)
 

@@ -248,7 +248,7 @@ class ProcessGroup:
         )
 
     def end(self, error: BaseException) -> None:
-        """Publishes to the other processes the error that this one fails with."""
+        """Announces to the other processes the error that this one fails with."""
         code = error.exit_code if isinstance(error, JobError) else JobError.exit_code
         with contextlib.suppress(RuntimeError):
             announce_end(self._store, self.place.rank, code, str(error) or type(error).__name__)
@@ -343,7 +343,7 @@ class ProcessGroup:
         """Context manager in which an error of torch means that another process has ended, unless memory ran out.
 
         NCCL allocates its buffers in the first exchange, outside of torch's allocator. If memory runs out there, this
-        process cannot repeat the exchange, in which the others wait. So the error is published at once, and they end.
+        process cannot repeat the exchange, in which the others wait. So the error is announced at once, and they end.
         """
         try:
             yield

@@ -269,7 +269,7 @@ def _await_all(group: ProcessGroup, store: Any, deadline: float, check: Callable
     group.announce()
     if store.add(f"here#{place.rank}", 1) > 1:
         # On Kubernetes the rank is the pod's index, so the other process is mostly in the pod that this one replaces.
-        # If that has published why it ended, this process ends for the same reason; else with code 72, and the
+        # If that has announced why it ended, this process ends for the same reason; else with code 72, and the
         # platform's retry starts when the old pod is gone.
         group.check()
         message = (
