@@ -8,8 +8,9 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from job import __version__, log
-from job.cli.arguments import COMMANDS, command_help, settings_help, shown_commands, usage, words_without_help
+from job.cli.arguments import COMMANDS
 from job.cli.error_report import report, translated
+from job.cli.help_text import command_help, settings_help, shown_commands, usage, words_without_help
 from job.cli.library_variables import configure_azure
 from job.cli.output import print_text
 from job.common.interrupt import was_interrupted

@@ -120,12 +120,12 @@ def detect_schema(fields: dict[str, Any], among: Collection[str] = SFT_SCHEMAS) 
     known = [schema for schema in SCHEMAS if schema in among]
     if is_sharegpt(fields):
         fields = {**fields, "messages": None}
-    whole = (schema for schema in known if fits(fields, schema))
+    whole = (schema for schema in known if has_required(fields, schema))
     half = (schema for schema in known if any(field in fields for field in REQUIRED[schema]))
     return next(whole, None) or next(half, None)
 
 
-def fits(fields: Collection[str], schema: Schema) -> bool:
+def has_required(fields: Collection[str], schema: Schema) -> bool:
     """Whether a row has all required fields of a schema."""
     return all(field in fields for field in REQUIRED[schema])
 

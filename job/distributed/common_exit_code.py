@@ -7,7 +7,7 @@
     gone#RANK       exists once a process has ended or is about to; if it failed, its failure is in the store before
 
 Most platforms take the exit code of one machine, often the first that ends, as that of the whole run. Therefore the
-launchers agree: each ends with the most serious exit code that any machine published (`errors.most_serious`).
+launchers agree: each ends with the most serious exit code that any machine announced (`errors.most_serious`).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def read_key(machine: int) -> str:
     return f"read#{machine}"
 
 
-def publish_end(store: Any, process: int, exit_code: int, why: str) -> None:
+def announce_end(store: Any, process: int, exit_code: int, why: str) -> None:
     """Writes a process's failure to the store, and also as the first failure unless there already is one.
 
     A failure that the process itself has written is not replaced: its launcher, which calls this too, knows less.
@@ -67,7 +67,7 @@ def publish_end(store: Any, process: int, exit_code: int, why: str) -> None:
 
 
 def read_first_failure(store: Any) -> End | None:
-    """The first failure that a process published; None if there is none."""
+    """The first failure that a process announced; None if there is none."""
     if not store.check([END]):
         return None
     end = json.loads(store.get(END))
@@ -75,7 +75,7 @@ def read_first_failure(store: Any) -> End | None:
 
 
 def agree_on_end(store: Any, own_code: int, *, machine: int, machines: int, processes: int, seconds: float) -> End:
-    """The exit code of all machines, once each of them has published its own, or after `seconds`.
+    """The exit code of all machines, once each of them has announced its own, or after `seconds`.
 
     Args:
         store: The rendezvous store of this run. Machine 0 hosts it, and therefore waits until the others have read it.
@@ -84,7 +84,7 @@ def agree_on_end(store: Any, own_code: int, *, machine: int, machines: int, proc
         machines: Number of machines.
         processes: World size.
         seconds: Longest time to wait. For machines that have not ended by then, the failures that their processes
-            published are used.
+            announced are used.
 
     Returns:
         0 if machine 0 ended with 0, since the run is complete then; otherwise the most serious exit code.

@@ -1,8 +1,8 @@
-"""A machine or process that ends before it has connected, such as for invalid settings, publishes that it has ended.
+"""A machine or process that ends before it has connected, such as for invalid settings, announces that it has ended.
 
 Otherwise the others would wait for it for JOB_TRAIN__STALL_SECONDS. If this job launches the processes, the launcher of
-a machine reads the settings first and publishes for all of its processes; under torchrun each process publishes for
-itself. Only errors that a retry cannot fix are published: after any other error the platform starts the machine again,
+a machine reads the settings first and announces for all of its processes; under torchrun each process announces for
+itself. Only errors that a retry cannot fix are announced: after any other error the platform starts the machine again,
 and the others continue with it.
 """
 
@@ -18,14 +18,14 @@ from typing import Any
 
 from job import log
 from job.common.threads import in_thread
-from job.distributed.common_exit_code import ended_key, gone_key, publish_end, read_key
+from job.distributed.common_exit_code import announce_end, ended_key, gone_key, read_key
 from job.distributed.launcher import Machine, split_address
 from job.distributed.ranks import Place
-from job.distributed.rendezvous import host_store, keyspace, publish_foreign_process, reach_store
+from job.distributed.rendezvous import announce_foreign_process, host_store, keyspace, reach_store
 from job.errors import JobError, Unreachable
 
 _ANNOUNCE_SECONDS = 30.0
-"""How long this process tries to publish its end: machines that are started together are not ready at the same time."""
+"""How long this process tries to announce its end: machines started together are not ready at the same time."""
 _ANSWER_SECONDS = 5.0
 _PAUSE_SECONDS = 0.1
 _LAST_SECONDS = 1.0
@@ -33,10 +33,10 @@ _LAST_SECONDS = 1.0
 
 
 @contextmanager
-def publishing_early_end(
+def announcing_early_end(
     find: Callable[[], tuple[Machine | Place, str | None] | None], received: Sequence[int] = ()
 ) -> Iterator[None]:
-    """Context manager in which an error that a retry cannot fix is published to the others, and then raised.
+    """Context manager in which an error that a retry cannot fix is announced to the others, and then raised.
 
     Args:
         find: Called after such an error. Returns this machine, or this process if another launcher started it, with
@@ -68,7 +68,7 @@ def publishing_early_end(
 
 
 def _report_end(member: Machine | Place, run: str | None, code: int, why: str, signals: Sequence[int]) -> None:
-    """Publishes the end of this machine or process. If it hosts the store, it waits until the others have read it.
+    """Announces the end of this machine or process. If it hosts the store, it waits until the others have read it.
 
     Raises:
         OSError, RuntimeError, Unreachable: The store cannot be reached, or hosted.
@@ -90,9 +90,9 @@ def _report_end(member: Machine | Place, run: str | None, code: int, why: str, s
     store = host_store(place.port) if hosts else _reach(place, is_over)
     keys: Any = None if run is None else keyspace(store, run, place.restart)
     if keys is None:
-        publish_foreign_process(store, f"{name} has ended: {why}")
+        announce_foreign_process(store, f"{name} has ended: {why}")
     else:
-        publish_end(keys, rank, code, why)
+        announce_end(keys, rank, code, why)
         for key, value in {**ended, own_end: ""}.items():
             keys.set(key, value)
     if hosts:

@@ -224,17 +224,17 @@ class _Outcome:
 
 
 def _watch(context: Any, signals: list[int], grace_seconds: float, others: OtherMachines) -> _Outcome:
-    """Waits until all processes have ended, and publishes each failure as soon as it is seen."""
-    forwarded, deadline, published, stopped, lost = 0, float("inf"), set[int](), False, False
+    """Waits until all processes have ended, and announces each failure as soon as it is seen."""
+    forwarded, deadline, announced, stopped, lost = 0, float("inf"), set[int](), False, False
     while True:
         codes = {local: handler.proc.poll() for local, handler in context.subprocess_handlers.items()}
         ended = {local: code for local, code in codes.items() if code is not None}
         running = codes.keys() - ended.keys()
         # A process that has not installed its handlers yet is killed by the signal that was forwarded to it.
         late = {local for local, code in ended.items() if -code in signals}
-        for local in sorted(local for local, code in ended.items() if code and local not in published):
-            published.add(local)
-            others.publish(local, _one_exit_code({local: ended[local]}, late), _how_it_ended(ended[local]))
+        for local in sorted(local for local, code in ended.items() if code and local not in announced):
+            announced.add(local)
+            others.announce_end(local, _one_exit_code({local: ended[local]}, late), _how_it_ended(ended[local]))
         if deadline == float("inf"):
             stopped = bool(signals)
         if ended or signals:

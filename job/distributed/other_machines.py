@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from job import log
 from job.common.threads import in_thread
-from job.distributed.common_exit_code import SETTLE_SECONDS, End, agree_on_end, publish_end, read_first_failure
+from job.distributed.common_exit_code import SETTLE_SECONDS, End, agree_on_end, announce_end, read_first_failure
 from job.distributed.ranks import Place
 from job.distributed.rendezvous import keyspace, reach_keyspace
 from job.errors import error_of_process, most_serious
@@ -83,10 +83,10 @@ class OtherMachines:
             self._store = None  # connects again: a late answer would be mistaken for that to the next request
             self.lost = time.monotonic() - self._answered > _GONE_SECONDS
 
-    def publish(self, local: int, code: int, why: str) -> None:
-        """Publishes that a process of this machine has failed; does not wait for it."""
+    def announce_end(self, local: int, code: int, why: str) -> None:
+        """Announces that a process of this machine has failed; does not wait for it."""
         rank = self._place.rank + local
-        self._requests.submit(self._ask, lambda store: publish_end(store, rank, code, why), None, 0.0)
+        self._requests.submit(self._ask, lambda store: announce_end(store, rank, code, why), None, 0.0)
 
     def agree_on_code(self, own_code: int, seconds: float, answer_seconds: float) -> int:
         """The exit code of all machines, after at most `seconds`; `own_code` if the store cannot be reached.

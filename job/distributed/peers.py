@@ -1,6 +1,6 @@
 """Detects by process id that another process on the same kernel has died, if no launcher reports it.
 
-A killed process publishes no reason, and without a launcher no other process does. An all-reduce fails when its
+A killed process announces no reason, and without a launcher no other process does. An all-reduce fails when its
 connection breaks, but a process that waits for a value in the store would wait until the watchdog ends it.
 """
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from job.common.formatting import first_line
 from job.common.out_of_memory import ran_out, says_full
-from job.distributed.common_exit_code import END, failure_key, gone_key, publish_end
+from job.distributed.common_exit_code import END, announce_end, failure_key, gone_key
 from job.distributed.peers import Peers, identity
 from job.distributed.ranks import Place
 from job.errors import JobError, Killed, Preempted, error_of_process
@@ -145,14 +145,14 @@ class ProcessGroup:
         if errors:
             raise errors[0]
 
-    def share(self, name: str, value: Callable[[], T]) -> T:
+    def broadcast(self, name: str, value: Callable[[], T]) -> T:
         """See `Processes`."""
-        return self._share(self._key(name), value, leads=self.leads)
+        return self._broadcast(self._key(name), value, leads=self.leads)
 
-    def share_on_machine(self, name: str, value: Callable[[], T]) -> T:
+    def broadcast_on_machine(self, name: str, value: Callable[[], T]) -> T:
         """See `Processes`."""
         key = f"{self._key(name)}@{self.place.first_of_machine}"
-        return self._share(key, value, leads=self.place.local_rank == 0)
+        return self._broadcast(key, value, leads=self.place.local_rank == 0)
 
     def gather(self, name: str, value: Any) -> list[Any]:
         """See `Processes`."""
@@ -248,10 +248,10 @@ class ProcessGroup:
         )
 
     def end(self, error: BaseException) -> None:
-        """Publishes to the other processes the error that this one fails with."""
+        """Announces to the other processes the error that this one fails with."""
         code = error.exit_code if isinstance(error, JobError) else JobError.exit_code
         with contextlib.suppress(RuntimeError):
-            publish_end(self._store, self.place.rank, code, str(error) or type(error).__name__)
+            announce_end(self._store, self.place.rank, code, str(error) or type(error).__name__)
 
     def leave(self) -> None:
         """Called at the end of the run: the other processes wait for process 0, and then process 0 waits for them.
@@ -278,13 +278,13 @@ class ProcessGroup:
             else:
                 raise self._lost(RuntimeError(f"process {rank} was killed, or it crashed"))
 
-    def _share(self, key: str, value: Callable[[], T], *, leads: bool) -> T:
+    def _broadcast(self, key: str, value: Callable[[], T], *, leads: bool) -> T:
         if leads:
             own = value()
             self._set(key, own)
             return own
-        shared: T = self._wait_for(key)
-        return shared
+        received: T = self._wait_for(key)
+        return received
 
     def _key(self, name: str) -> str:
         self._calls += 1
@@ -344,7 +344,7 @@ class ProcessGroup:
         """Context manager in which an error of torch means that another process has ended, unless memory ran out.
 
         NCCL allocates its buffers in its first collective operation, outside of torch's allocator. If memory runs out
-        there, this process cannot repeat the operation, in which the others wait. So it publishes the error at once,
+        there, this process cannot repeat the operation, in which the others wait. So it announces the error at once,
         and they end.
         """
         try:

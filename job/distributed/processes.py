@@ -35,14 +35,14 @@ class Processes(Protocol):
     def check(self) -> None:
         """Raises the error with which another process has ended, if one has."""
 
-    def share(self, name: str, value: Callable[[], T]) -> T:
-        """Broadcast: process 0 calls `value`, and all processes return its result, which must be JSON-able.
+    def broadcast(self, name: str, value: Callable[[], T]) -> T:
+        """Process 0 calls `value`, and all processes return its result, which must be JSON-able.
 
         `name` is part of the result's key in the store.
         """
 
-    def share_on_machine(self, name: str, value: Callable[[], T]) -> T:
-        """Like `share`, on each machine separately: the machine's first process calls `value`."""
+    def broadcast_on_machine(self, name: str, value: Callable[[], T]) -> T:
+        """Like `broadcast`, on each machine separately: the machine's first process calls `value`."""
 
     def gather(self, name: str, value: Any) -> list[Any]:
         """All-gather: the JSON-able values of all processes, in the order of their ranks."""
@@ -99,11 +99,11 @@ class Alone:
     def check(self) -> None:
         """Does nothing."""
 
-    def share(self, name: str, value: Callable[[], T]) -> T:  # noqa: ARG002 - as in Processes
+    def broadcast(self, name: str, value: Callable[[], T]) -> T:  # noqa: ARG002 - as in Processes
         """Calls `value`."""
         return value()
 
-    share_on_machine = share
+    broadcast_on_machine = broadcast
 
     def gather(self, name: str, value: Any) -> list[Any]:  # noqa: ARG002 - as in Processes
         """A list of this value."""

@@ -60,7 +60,7 @@ def host_store(port: int, run: str | None = None) -> Any:
     return store
 
 
-def publish_foreign_process(store: Any, why: str) -> None:
+def announce_foreign_process(store: Any, why: str) -> None:
     """Tells the processes that wait at a store that one has come that does not belong to their run.
 
     Args:
@@ -223,7 +223,7 @@ def _check_run(store: Any, run: str) -> None:
     """Raises SettingsError, and tells the processes that wait, if the store is for another run than this process."""
     other = store.compare_set(_RUN, "", run).decode()
     if other != run:
-        publish_foreign_process(store, f"one process has {run}, the others have {other}")
+        announce_foreign_process(store, f"one process has {run}, the others have {other}")
         what = f"is {run} here and {other} on another machine at this address; set the same id on all, or another port"
         raise SettingsError([Problem("JOB_RUN__ID", f"{what} in JOB_RUN__RENDEZVOUS")])
 
@@ -269,7 +269,7 @@ def _await_all(group: ProcessGroup, store: Any, deadline: float, check: Callable
     group.announce()
     if store.add(f"here#{place.rank}", 1) > 1:
         # On Kubernetes the rank is the pod's index, so the other process is mostly in the pod that this one replaces.
-        # If that has published why it ended, this process ends for the same reason; else with code 72, and the
+        # If that has announced why it ended, this process ends for the same reason; else with code 72, and the
         # platform's retry starts when the old pod is gone.
         group.check()
         message = (

@@ -14,8 +14,9 @@ from job.common.formatting import size
 from job.common.tables import aligned, visible
 from job.errors import JobError, Problem, SettingsError
 from job.planning.forecast import Estimate, GpuForecast
-from job.planning.input_checks import EXPORTED, quick_storage
+from job.planning.input_checks import EXPORTED
 from job.planning.plan import Plan, make_plan
+from job.planning.plan_settings import quick_storage
 from job.planning.shown_rows import CLOSE, OPEN, as_lines
 from job.records import RecordedSettings
 from job.results.exported_run import recorded_settings

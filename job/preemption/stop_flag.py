@@ -148,12 +148,12 @@ def decide(timings: Timings, remaining: float, step_left: float = 1.0) -> StopPl
         restored.
     """
     publish = timings.save + timings.upload
-    if step_left > 0 and _fits(step_left * timings.step + publish, remaining):
+    if step_left > 0 and _in_time(step_left * timings.step + publish, remaining):
         return "finish_step"
-    return "save_now" if _fits(publish, remaining) else "too_late"
+    return "save_now" if _in_time(publish, remaining) else "too_late"
 
 
-def _fits(seconds: float, remaining: float) -> bool:
+def _in_time(seconds: float, remaining: float) -> bool:
     return seconds * (1 + SPARE_SHARE) + SPARE_SECONDS <= remaining
 
 

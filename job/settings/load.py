@@ -228,7 +228,7 @@ def _read(request: Request, names: Collection[str]) -> tuple[Settings, dict[str,
     if invalid or len(names) < len(NAMES):
         # No validator involves two settings, so the remaining values are valid, and combinations can be checked.
         settings = Settings(**nested({name: item.value for name, item in given.items()}))
-    settings.keep_sources({name: item.source for name, item in given.items()})
+    settings.set_sources({name: item.source for name, item in given.items()})
     return settings, invalid
 
 

@@ -148,7 +148,7 @@ def _whole_models(
     attempt, settings = context.attempt, context.settings
     scored = {name: _score(context, MERGED, name, files) for name, files in merged.items()}
     record = _choose(context, merged, scored, why_only_one)
-    candidate = attempt.processes.share("merged model", lambda: "" if record is None else record.candidate)
+    candidate = attempt.processes.broadcast("merged model", lambda: "" if record is None else record.candidate)
     if record is not None:
         artifacts = [
             artifact for result in scored.values() if result.evaluated for artifact in result.evaluated.artifacts
@@ -175,7 +175,7 @@ def _adapter_copy(context: _Export, name: str, loaded: Loaded, trained: Trained)
             return {_NOT_MADE: str(error)}
         return ExportFiles.of(folder).as_json()
 
-    outcome = attempt.processes.share_on_machine(name, make)
+    outcome = attempt.processes.broadcast_on_machine(name, make)
     scored_in = context.precision.dtype if context.precision else short_name(context.scoring.compute_dtype)
     record = ExportRecord(name, _ON_BASE, "a copy of the adapter", kind, scored_in, {})
     if why := outcome.get(_NOT_MADE):  # the same on all machines: they have the same adapter
@@ -244,7 +244,7 @@ def _make_merged(context: _Export, loaded: Loaded) -> tuple[dict[str, ExportFile
 
     with taking_part(loaded.model):  # the base's weights may be sharded over all processes
         written = make() if attempt.processes.place.local_rank == 0 else {}
-    shared = attempt.processes.share_on_machine("exported", lambda: written)
+    shared = attempt.processes.broadcast_on_machine("exported", lambda: written)
     candidates = {name: ExportFiles.from_json(files) for name, files in shared["made"].items()}
     require_same_files(attempt, MERGED, list(candidates.values()))
     return candidates, shared["only"]
@@ -256,12 +256,12 @@ def _derived(context: _Export, name: str, candidate: str, merged: ExportFiles) -
     origin = seal({"files": dict(merged.hashes)})
     earlier = attempt.recorded(derived_export(name), DerivedExport) if attempt.processes.leads else None
     is_complete = earlier is not None and earlier.merged == origin and not attempt.damaged(earlier.artifacts)
-    if attempt.processes.share("format of before", lambda: is_complete):
+    if attempt.processes.broadcast("format of before", lambda: is_complete):
         log.get_logger().info("format was exported by an earlier attempt", export=name)
         return None if earlier is None else _FormatResult(earlier.export, earlier.artifacts)
     derived_by, _ = derived_format(name)
     work = attempt.work / "candidates" / derived_export(name)
-    outcome = attempt.processes.share_on_machine(name, lambda: _make_derived(context, name, merged, work))
+    outcome = attempt.processes.broadcast_on_machine(name, lambda: _make_derived(context, name, merged, work))
     failures = attempt.processes.gather(f"failures of {name}", outcome.get(_NOT_MADE, ""))
     record = ExportRecord(name, candidate, "made from the merged model that was selected", "", "", {})
     if why := next(filter(None, failures), ""):
@@ -283,7 +283,7 @@ def _derived(context: _Export, name: str, candidate: str, merged: ExportFiles) -
     )
     log.get_logger().info("exported", export=name, candidate=candidate, bytes=files.bytes)
     artifacts = [*(scored.evaluated.artifacts if scored.evaluated else []), *publish_files(attempt, files, name)]
-    attempt.keep(derived_export(name), json.dumps(asdict(DerivedExport(origin, record, artifacts))))
+    attempt.write_record(derived_export(name), json.dumps(asdict(DerivedExport(origin, record, artifacts))))
     shutil.rmtree(work, ignore_errors=True)
     return _FormatResult(record, artifacts)
 

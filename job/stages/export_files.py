@@ -72,6 +72,6 @@ def publish_files(attempt: Attempt, files: ExportFiles, name: str) -> list[Artif
         key = export_folder(name) + file
         if key not in uploaded or uploaded[key].sha256 != sha256:
             uploaded[key] = attempt.publish(files.folder / file, key)
-            attempt.keep(UPLOADED, json.dumps(asdict(Uploaded(list(uploaded.values())))))
+            attempt.write_record(UPLOADED, json.dumps(asdict(Uploaded(list(uploaded.values())))))
         artifacts.append(uploaded[key])
     return artifacts

@@ -77,15 +77,15 @@ def _put_informed(attempt: Attempt, init: str, sources: Sources, model: Any, ste
     from safetensors.torch import load_file
 
     processes = attempt.processes
-    record = processes.share(
+    record = processes.broadcast(
         "first values that are known", lambda: published_once(attempt, FIRST_VALUES, FirstValues, NAME)
     )
     if not record:
         with taking_part(model):
             published = _publish(attempt, init, sources, model, steps) if processes.leads else ""
-        record = processes.share("first values", lambda: published)
+        record = processes.broadcast("first values", lambda: published)
     artifact = Artifact(**json.loads(record))
-    path = processes.share_on_machine("first values on this machine", lambda: str(attempt.fetch(artifact)))
+    path = processes.broadcast_on_machine("first values on this machine", lambda: str(attempt.fetch(artifact)))
     tensors = load_file(path)
     for name, parameter in trainable(model).items():
         parameter.data.copy_(tensors[name])
@@ -104,7 +104,7 @@ def _publish(attempt: Attempt, init: str, sources: Sources, model: Any, steps: S
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: parameter.detach().contiguous() for name, parameter in trainable(model).items()}, path)
     artifact = attempt.publish(path, FIRST_TENSORS)
-    attempt.keep(FIRST_VALUES, json.dumps(asdict(FirstValues([artifact]))))
+    attempt.write_record(FIRST_VALUES, json.dumps(asdict(FirstValues([artifact]))))
     return json.dumps(asdict(artifact))
 
 

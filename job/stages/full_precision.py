@@ -93,10 +93,10 @@ def _evaluate_original(
     recorded = attempt.recorded(FULL_PRECISION, Evaluated) if attempt.processes.leads else None
     if recorded is not None and (_scored_otherwise(recorded, precision) or attempt.damaged(recorded.artifacts)):
         recorded = None
-    if attempt.processes.share("original base of before", lambda: recorded is not None):
+    if attempt.processes.broadcast("original base of before", lambda: recorded is not None):
         log.get_logger().info("the original base was evaluated by an earlier attempt")
         return recorded
-    folder = attempt.processes.share_on_machine("original base", lambda: str(_folder(attempt, settings, sources)))
+    folder = attempt.processes.broadcast_on_machine("original base", lambda: str(_folder(attempt, settings, sources)))
     if why := _why_not_scored(attempt, settings, loaded, Path(folder)):
         log.get_logger().warning("the original base is not scored, so the cost of quantization is not known", why=why)
         result = FullPrecision(precision.dtype, {}, why)
@@ -114,7 +114,7 @@ def _evaluate_original(
         return None
     original = FullPrecision(precision.dtype, scored.scores)
     evaluated = Evaluated({}, scored.artifacts, full_precision=original, precision=precision)
-    attempt.keep(FULL_PRECISION, json.dumps(asdict(evaluated)))
+    attempt.write_record(FULL_PRECISION, json.dumps(asdict(evaluated)))
     return evaluated
 
 

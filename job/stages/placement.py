@@ -70,7 +70,7 @@ def decide_placement(
         setup = setup_before_loading(model, train, lora, sources.folder, options)
     need = 0 if setup is None else packed_bytes(setup) * world.local_world_size
     # Read once on each machine: a process that read it later would count what another one has already loaded.
-    available = processes.share_on_machine("available main memory", available_bytes)
+    available = processes.broadcast_on_machine("available main memory", available_bytes)
     free = int(MAIN_MEMORY_SHARE * available)
     raise_problems(_too_little_main_memory(requested, setup, world.local_world_size, available))
     if requested != "auto":

@@ -90,12 +90,12 @@ def pull(attempt: Attempt, settings: Settings, later: Sequence[Settings] = ()) -
     """
     processes, storage = attempt.processes, storage_options(settings.storage)
     settings = _at_commit_of_before(attempt, settings)
-    date = processes.share("date of the run", lambda: settings.data.date or _date(attempt))
+    date = processes.broadcast("date of the run", lambda: settings.data.date or _date(attempt))
     sources = _pull_for_machine(attempt, settings, storage, date, later)
     if settings.eval.principles is None:
         return sources
     # Only process 0 has the judge, but all processes need the same record: the run's fingerprint is made of it.
-    record = processes.share("judge", lambda: [sources.record.judge_sha256, sources.record.judge_revision])
+    record = processes.broadcast("judge", lambda: [sources.record.judge_sha256, sources.record.judge_revision])
     return replace(sources, record=replace(sources.record, judge_sha256=record[0], judge_revision=record[1]))
 
 
@@ -111,7 +111,7 @@ def _pull_for_machine(
     elif processes.place.rank:  # another machine, whose files process 0 has not seen
         check_inputs(settings, later, has_record=True)
     sources = _pull(attempt, settings, storage, date, later) if processes.place.local_rank == 0 else None
-    shared = processes.share_on_machine("sources", lambda: _write_shared(*sources) if sources else None)
+    shared = processes.broadcast_on_machine("sources", lambda: _write_shared(*sources) if sources else None)
     if sources:
         return sources[0]
     return _read_shared(adapter_of(_Shared).validate_json(shared or ""), settings.model.add_tokens)

@@ -137,7 +137,7 @@ def _train(
     with (
         log.progress("steps", recipe.total_steps, every=settings.train.log_every_steps) as show_progress,
         AsyncUploader(
-            checkpoint_store.publisher(
+            checkpoint_store.make_committer(
                 attempt.store,
                 checkpoint_store.MarkerFields(
                     attempt.number, attempt.processes.place.world_size, software_of(loaded.plan), attempt.run
@@ -148,7 +148,7 @@ def _train(
                 on_committed=partial(_committed, attempt),
             ),
             seconds_left=attempt.stop.waiting_seconds,
-        ) as publisher,
+        ) as uploader,
     ):
         watch = Stopwatch()
         trained = train(
@@ -158,10 +158,10 @@ def _train(
             recipe=recipe,
             plan=loaded.plan,
             hooks=Hooks(
-                on_metrics=_step_logger(attempt, show_progress, watch, recipe.total_steps, publisher.check),
-                on_save=publisher.submit,
+                on_metrics=_step_logger(attempt, show_progress, watch, recipe.total_steps, uploader.check),
+                on_save=uploader.submit,
                 stop=attempt.stop,
-                fits=_fits(attempt, watch, publisher),
+                has_time=_has_time(attempt, watch, uploader),
                 on_write=lambda seconds: watch.add("save", seconds),
                 on_validation=partial(_validated, attempt),
                 on_progress=attempt.report_progress,
@@ -173,7 +173,7 @@ def _train(
             validation=validation,
         )
         if not trained.complete:
-            publisher.finish(attempt.stop.waiting_seconds())
+            uploader.finish(attempt.stop.waiting_seconds())
             raise _stopped(attempt, restored, recipe.total_steps)
     return trained
 
@@ -251,7 +251,8 @@ def _restore(attempt: Attempt, software: dict[str, str]) -> checkpoint_store.Res
         )
         return adapter_of(checkpoint_store.Restored).dump_json(restored).decode()
 
-    restored = adapter_of(checkpoint_store.Restored).validate_json(processes.share_on_machine("checkpoint", restore))
+    record = processes.broadcast_on_machine("checkpoint", restore)
+    restored = adapter_of(checkpoint_store.Restored).validate_json(record)
     if len(set(steps := processes.gather("restored step", restored.step))) > 1:
         raise Unreachable(f"the machines see different valid checkpoints, of steps {steps}; start the run again")
     return restored
@@ -354,15 +355,15 @@ def _committed(attempt: Attempt, step: int, seconds: float) -> None:
     log.get_logger().info("checkpoint", step=step, seconds=round(seconds, 3))
 
 
-def _fits(attempt: Attempt, watch: Stopwatch, publisher: AsyncUploader) -> Callable[[float], bool]:
-    """Returns `Hooks.fits`: whether there is time for a part of a step and for saving, after any upload in progress."""
+def _has_time(attempt: Attempt, watch: Stopwatch, uploader: AsyncUploader) -> Callable[[float], bool]:
+    """Returns `Hooks.has_time`: whether time is left for a part of a step and for saving, after any current upload."""
 
-    def fits(share: float) -> bool:
-        uploads = 2 * max(publisher.seconds, default=0.0)
+    def has_time(share: float) -> bool:
+        uploads = 2 * max(uploader.seconds, default=0.0)
         decision = decide(replace(watch.timings, upload=uploads), attempt.stop.remaining(), share)
         return decision == ("finish_step" if share > 0 else "save_now")
 
-    return fits
+    return has_time
 
 
 def _parameter_count(model: Any) -> int:

@@ -73,7 +73,7 @@ class Hooks:
         on_metrics: Called with the metrics of each step.
         on_save: Called with the folder of a written checkpoint, and its step.
         stop: Whether the job has to stop.
-        fits: If so, whether there is time to compute the given share of a step and to save a checkpoint after it.
+        has_time: If so, whether there is time to compute the given share of a step and to save a checkpoint after it.
         on_write: Called with the seconds that writing a checkpoint to the local disk took.
         on_validation: Called with the metrics of each validation.
         on_progress: Called a few times during a validation, and at each layer of a long row.
@@ -83,7 +83,7 @@ class Hooks:
     on_metrics: Callable[[StepMetrics], None]
     on_save: Callable[[Path, int], None]
     stop: Callable[[], bool]
-    fits: Callable[[float], bool] = lambda _share: True
+    has_time: Callable[[float], bool] = lambda _share: True
     on_write: Callable[[float], None] = lambda _seconds: None
     on_validation: Callable[[ValidationMetrics], None] = lambda _metrics: None
     on_progress: Callable[[], None] = lambda: None

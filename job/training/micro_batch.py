@@ -61,7 +61,7 @@ class MicroBatchGradient:
         parameters: The adapter, to whose gradient this adds.
         recipe: Only the initial token budget and label smoothing are used.
         plan: The initial execution plan.
-        hooks: Only `stop`, `fits` and `on_progress` are used.
+        hooks: Only `stop`, `has_time` and `on_progress` are used.
         processes: The processes that compute divided rows together.
         packed_gradient: Used if the plan is not `padded`.
         shapes: Returns the shapes to which packed sequences are padded at present.
@@ -192,7 +192,7 @@ class MicroBatchGradient:
             StepAbandoned: The job has to stop, and the time left is too short for a whole step.
         """
         self._hooks.on_progress()
-        if self._hooks.stop() and not self._hooks.fits(1.0):
+        if self._hooks.stop() and not self._hooks.has_time(1.0):
             raise StepAbandoned
 
     @contextmanager

@@ -183,10 +183,10 @@ class RunShapes:
         """The shapes for this batch plan and token budget."""
         if (budget, steps.divided_above) not in self._known:
             cost = self._recording_tokens * steps.world_size  # while one records a graph, all wait
-            self.keep(steps, budget, choose_shapes(self.sequences(steps, budget), cost))
+            self.set(steps, budget, choose_shapes(self.sequences(steps, budget), cost))
         return self._known[budget, steps.divided_above]
 
-    def keep(self, steps: Steps, budget: int, shapes: Shapes) -> None:
+    def set(self, steps: Steps, budget: int, shapes: Shapes) -> None:
         """Sets the shapes, to those of a checkpoint."""
         self._known[budget, steps.divided_above] = shapes
 

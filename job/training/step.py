@@ -66,7 +66,7 @@ class StepGradient:
         parameters: The adapter. The gradient is left in `parameters.gradient`.
         recipe: Only the seed, the initial token budget and label smoothing are used.
         plan: The initial execution plan.
-        hooks: Only `stop`, `fits` and `on_progress` are used.
+        hooks: Only `stop`, `has_time` and `on_progress` are used.
         processes: The processes that compute the step together.
         packed_gradient: Used if the plan is not `padded`.
         preference: Used in place of `packed_gradient` for preferences (DPO, KTO, ORPO), whose loss is a mean over
@@ -217,7 +217,7 @@ class StepGradient:
         """
         groups = self._steps.micro_batches(number, self.budget)
         for done, group in enumerate(groups):
-            if self._hooks.stop() and not self._hooks.fits(1 - done / len(groups)):
+            if self._hooks.stop() and not self._hooks.has_time(1 - done / len(groups)):
                 raise StepAbandoned
             yield group
 
@@ -268,7 +268,7 @@ class StepGradient:
             StepAbandoned: There is no time for this step, which was launched before the host knew that.
         """
         self._meanwhile()
-        if self._ahead and self._hooks.stop() and not self._hooks.fits(1.0):
+        if self._ahead and self._hooks.stop() and not self._hooks.has_time(1.0):
             use_new_stream(self._device)
             raise StepAbandoned
 

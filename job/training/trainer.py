@@ -234,7 +234,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         alone = processes.place.world_size == 1
         return [
             AroundOptimizerStep(self.before_optimizer_step, self.after_optimizer_step),
-            StopOnFlag(hooks.stop if alone else lambda: processes.stopping, hooks.fits),
+            StopOnFlag(hooks.stop if alone else lambda: processes.stopping, hooks.has_time),
             ValidateOnSchedule(self.validation_is_due, self.evaluate),
         ]
 
@@ -459,7 +459,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def save_if_it_fits(self) -> None:
         """Saves the state after the last finished step, unless it is saved already or there is no time."""
-        if self.state.global_step > self.saved_step and self.hooks.fits(0.0):
+        if self.state.global_step > self.saved_step and self.hooks.has_time(0.0):
             self._save_checkpoint(self.model, None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -33,17 +33,17 @@ class StopOnFlag(TrainerCallback):  # type: ignore[misc]
 
     Args:
         stop: Whether the job has to stop.
-        fits: `Hooks.fits`.
+        has_time: `Hooks.has_time`.
     """
 
-    def __init__(self, stop: Callable[[], bool], fits: Callable[[float], bool]) -> None:
-        self.stop, self.fits = stop, fits
+    def __init__(self, stop: Callable[[], bool], has_time: Callable[[float], bool]) -> None:
+        self.stop, self.has_time = stop, has_time
 
     def on_step_end(self, _args: Any, _state: Any, control: Any, **_: Any) -> None:
         """Checks the flag; called by Trainer after each step."""
         if self.stop():
             control.should_training_stop = True
-            control.should_save = self.fits(0.0)
+            control.should_save = self.has_time(0.0)
 
 
 class ValidateOnSchedule(TrainerCallback):  # type: ignore[misc]

@@ -19,7 +19,7 @@ from job.cli.error_report import report
 from job.cli.main import main
 from job.distributed import early_end, other_machines, process_group, rendezvous
 from job.distributed.common_exit_code import END, agree_on_end
-from job.distributed.early_end import publishing_early_end
+from job.distributed.early_end import announcing_early_end
 from job.distributed.launcher import Machine, launch
 from job.distributed.process_group import ProcessGroup
 from job.distributed.ranks import Place
@@ -59,7 +59,7 @@ def end_of_joining(
 def end_early(machine: int, port: int, run: str | None = "r", error: JobError = WRONG) -> JobError:
     """The error with which a machine of two ends before it connects, once it has told the other one."""
     place = Machine(1, nodes=2, node_rank=machine, rendezvous=f"localhost:{port}")
-    with pytest.raises(JobError) as raised, publishing_early_end(lambda: (place, run)):
+    with pytest.raises(JobError) as raised, announcing_early_end(lambda: (place, run)):
         raise error
     return raised.value
 
@@ -169,7 +169,7 @@ def test_nobody_is_told_for_longer_than_a_while(monkeypatch: pytest.MonkeyPatch)
     assert end_early(1, free_port()) is WRONG
     monkeypatch.setattr(early_end, "_ANNOUNCE_SECONDS", 600)
     place = Machine(1, nodes=2, node_rank=0, rendezvous=f"localhost:{free_port()}")
-    with pytest.raises(SettingsError), publishing_early_end(lambda: (place, "r"), [15]):
+    with pytest.raises(SettingsError), announcing_early_end(lambda: (place, "r"), [15]):
         raise WRONG
 
 
@@ -184,7 +184,7 @@ def test_a_silent_store_delays_no_signal(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(early_end, "reach_store", silent)
     place = Machine(1, nodes=2, node_rank=1, rendezvous="localhost:1")
-    with pytest.raises(SettingsError), publishing_early_end(lambda: (place, "r"), received):
+    with pytest.raises(SettingsError), announcing_early_end(lambda: (place, "r"), received):
         raise WRONG
     ended.set()
     assert wait_for(lambda: in_time) == [True]

@@ -14,7 +14,7 @@ import torch
 from torch.distributed import DistBackendError
 
 from job.distributed import process_group
-from job.distributed.common_exit_code import publish_end
+from job.distributed.common_exit_code import announce_end
 from job.distributed.process_group import ProcessGroup
 from job.distributed.ranks import Place
 from job.distributed.rendezvous import connect_store, host_store, keyspace
@@ -72,7 +72,7 @@ def test_all_get_what_the_first_found(team: Team) -> None:
     asked: list[int] = []
 
     def work(member: ProcessGroup) -> Any:
-        return member.share("value", lambda: asked.append(member.place.rank) or value)
+        return member.broadcast("value", lambda: asked.append(member.place.rank) or value)
 
     assert team.all(work) == [value] * 3
     assert asked == [0]
@@ -82,12 +82,12 @@ def test_all_get_what_the_first_found(team: Team) -> None:
 def test_what_is_large_arrives_too(team: Team) -> None:
     """The questions of a large evaluation are more than torch's store takes at once."""
     large = ["x" * 999] * 20_000
-    assert team.all(lambda member: member.share("large", lambda: large) == large) == [True] * 3
+    assert team.all(lambda member: member.broadcast("large", lambda: large) == large) == [True] * 3
 
 
 def test_each_machine_finds_for_itself(team: Team) -> None:
     """The first process of each machine looks, for those that are beside it."""
-    assert team.all(lambda member: member.share_on_machine("rank", lambda: member.place.rank)) == [0, 0, 2]
+    assert team.all(lambda member: member.broadcast_on_machine("rank", lambda: member.place.rank)) == [0, 0, 2]
 
 
 def test_gathering_keeps_the_order(team: Team) -> None:
@@ -124,7 +124,7 @@ def test_an_end_reaches_those_that_wait_and_those_that_work(team: Team) -> None:
     """Whoever waits for another one, or looks up from its work, ends with the same kind of error, and is told why."""
 
     def wait(member: ProcessGroup) -> None:
-        member.share("never", lambda: None if member.leads else "")
+        member.broadcast("never", lambda: None if member.leads else "")
         member.gather("never", 1)
 
     def work(member: ProcessGroup) -> None:
@@ -154,13 +154,13 @@ def test_a_bug_ends_the_others_as_a_bug(team: Team) -> None:
     """An error that is none of the job's has exit code 1 everywhere."""
     team.members[0].end(ZeroDivisionError())
     with pytest.raises(JobError, match="process 0: ZeroDivisionError") as caught:
-        team.members[1].share("x", lambda: None)
+        team.members[1].broadcast("x", lambda: None)
     assert caught.value.exit_code == 1
 
 
 def test_a_signal_ends_the_waiting(team: Team) -> None:
     """A process that has to stop does not wait for the others until it is killed."""
-    (_, waiting) = team.start(lambda _: None, lambda member: member.share("never", lambda: 0))
+    (_, waiting) = team.start(lambda _: None, lambda member: member.broadcast("never", lambda: 0))
     team.stops[1].request("SIGTERM", 10)
     assert isinstance(waiting.exception(timeout=60), Preempted)
 
@@ -186,7 +186,7 @@ def test_the_first_one_goes_first(team: Team) -> None:
 
 def test_nobody_waits_for_a_first_one_that_died(team: Team) -> None:
     """When its launcher has told that process 0 is dead, the others go."""
-    publish_end(keyspace(team.host, "run"), 0, 75, "was killed by SIGKILL")
+    announce_end(keyspace(team.host, "run"), 0, 75, "was killed by SIGKILL")
     began = time.monotonic()
     team.members[1].leave()
     assert time.monotonic() - began < GRACE / 2
@@ -304,7 +304,7 @@ def test_the_others_are_not_alive_for_a_first_one_that_is_stopped(team: Team, mo
     monkeypatch.setattr(process_group, "CHECK_SECONDS", 0.05)
     first = team.members[0]
     first.beat()
-    team.start(lambda _: None, lambda member: member.share("value", lambda: 0))
+    team.start(lambda _: None, lambda member: member.broadcast("value", lambda: 0))
     wait_for(lambda: first._store.add("beat", 0) > 3)
     before = team.beats[1]
     wait_for(lambda: team.beats[1] > before)
@@ -316,7 +316,7 @@ def test_the_others_are_not_alive_for_a_first_one_that_is_stopped(team: Team, mo
         return team.beats[1] == count
 
     wait_for(stands_still)
-    first.share("value", lambda: 0)
+    first.broadcast("value", lambda: 0)
 
 
 def test_a_first_one_that_cannot_show_that_it_runs_ends(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from job.distributed import process_group, rendezvous
-from job.distributed.common_exit_code import publish_end
+from job.distributed.common_exit_code import announce_end
 from job.distributed.processes import ALONE, Processes
 from job.distributed.ranks import Place
 from job.distributed.rendezvous import connect_store, host_store, join, keyspace
@@ -52,7 +52,7 @@ def test_one_process_is_alone(place: Place | None) -> None:
     with joining(place) as processes:
         assert processes is ALONE
     assert ALONE.leads
-    assert ALONE.share("x", lambda: 1) == ALONE.share_on_machine("x", lambda: 1) == 1
+    assert ALONE.broadcast("x", lambda: 1) == ALONE.broadcast_on_machine("x", lambda: 1) == 1
     assert ALONE.gather("x", 2) == [2]
     ALONE.send("x")
     assert ALONE.receive() == []
@@ -161,7 +161,7 @@ def test_one_that_replaces_another_ends_for_its_reason() -> None:
     host = host_store(0)
     store = keyspace(host, "run")
     store.add("here#1", 1)
-    publish_end(store, 1, Preempted.exit_code, "SIGTERM")
+    announce_end(store, 1, Preempted.exit_code, "SIGTERM")
     error = fail(Place(1, 2, host="localhost", port=host.port, hosted=True), machine_checks=detect(POD).machine_checks)
     assert isinstance(error, Preempted)
 
@@ -170,7 +170,7 @@ def test_one_that_replaces_another_ends_for_its_reason() -> None:
 def test_on_kubernetes_wrong_settings_of_another_process_end_the_waiting(timeout_seconds: float) -> None:
     """The code that says that no retry helps is kept: it is not this machine that is at fault, or was late."""
     host = host_store(0)
-    publish_end(keyspace(host, "run"), 0, SettingsError.exit_code, "JOB_TRAIN__EPOCHS: is wrong")
+    announce_end(keyspace(host, "run"), 0, SettingsError.exit_code, "JOB_TRAIN__EPOCHS: is wrong")
     place = Place(1, 2, host="localhost", port=host.port, hosted=True)
     error = fail(place, timeout_seconds=timeout_seconds, machine_checks=detect(POD).machine_checks)
     assert isinstance(error, SettingsError)

@@ -185,7 +185,7 @@ class Peers:
     def __init__(self, answers: list[Any]) -> None:
         self.answers, self.shared = answers, []
 
-    def share(self, _what: str, value: Callable[[], Any]) -> Any:
+    def broadcast(self, _what: str, value: Callable[[], Any]) -> Any:
         """Notes what process 0 tells the other."""
         self.shared.append(value())
         return self.shared[-1]
@@ -203,7 +203,7 @@ class Helper:
     def __init__(self, told: list[str]) -> None:
         self.told, self.sent = [*told, ""], []
 
-    def share(self, _what: str, _value: Callable[[], Any]) -> Any:
+    def broadcast(self, _what: str, _value: Callable[[], Any]) -> Any:
         """What process 0 tells."""
         return self.told.pop(0)
 

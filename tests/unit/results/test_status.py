@@ -77,7 +77,7 @@ def save(folder: Path, step: int) -> None:
     files = folder.with_name(f"files-{step}")
     files.mkdir()
     (files / "adapter.safetensors").write_bytes(b"weights")
-    checkpoint_store.publish(LocalStore(folder), files, step, checkpoint_store.MarkerFields(1, 1, {}))
+    checkpoint_store.commit(LocalStore(folder), files, step, checkpoint_store.MarkerFields(1, 1, {}))
 
 
 def seen(folder: Path, seconds: float = 1.0) -> RunStatus:

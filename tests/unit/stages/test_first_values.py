@@ -45,7 +45,7 @@ class Kept:
         """What was kept."""
         return TypeAdapter(kind).validate_json(self.records[name]) if name in self.records else None
 
-    def keep(self, name: str, record: str) -> None:
+    def write_record(self, name: str, record: str) -> None:
         """Keeps a record."""
         self.records[name] = record
 

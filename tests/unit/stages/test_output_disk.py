@@ -49,7 +49,7 @@ def test_what_is_there_at_most_is_what_uploads_leave(
     monkeypatch.setattr(checkpoint_store, "prune", prune)
     (tmp_path / "step").mkdir()
     (tmp_path / "step" / "file").write_bytes(bytes(1000))
-    publish = checkpoint_store.publisher(
+    publish = checkpoint_store.make_committer(
         store, MarkerFields(1, 1, {}), keep=keep, settle_seconds=0, verified=0, on_committed=lambda *_: None
     )
     for step in range(1, saves + 1):
@@ -140,7 +140,7 @@ def test_what_is_left_of_a_run_is_counted(disks: dict[str, DiskSpace], tmp_path:
     store = LocalStore(tmp_path / "out" / "run")
     (tmp_path / "step").mkdir()
     (tmp_path / "step" / "file").write_bytes(b"x")
-    publish = partial(checkpoint_store.publish, store, tmp_path / "step", writer=MarkerFields(1, 1, {}))
+    publish = partial(checkpoint_store.commit, store, tmp_path / "step", writer=MarkerFields(1, 1, {}))
     disks["run"] = DiskSpace(1, 1 << 40, 0, CHECKPOINT)
     early = ("--train.stop_after=1", "--data.validation=0.5")
     check(tmp_path, *early)  # it writes one at least

@@ -51,7 +51,7 @@ from tests.unit.training.test_trainer import (
 @pytest.fixture
 def all_rows_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gives process 0 all examples."""
-    monkeypatch.setattr(batch_plan, "shares", lambda lengths, processes: [list(range(len(lengths))), []][:processes])
+    monkeypatch.setattr(batch_plan, "assign", lambda lengths, processes: [list(range(len(lengths))), []][:processes])
 
 
 class Left(Beside):
@@ -202,7 +202,7 @@ def test_a_step_launched_ahead_is_abandoned_where_it_does_not_fit(
     base_folder: Path, tokenizer: Any, tmp_path: Path, launches: list[str]
 ) -> None:
     """The flag is set while the host waits for the step before: the deadline has to be met without the next one."""
-    hooks = noting(launches, stop=lambda: "step 2" in launches, fits=lambda share: share == 0)
+    hooks = noting(launches, stop=lambda: "step 2" in launches, has_time=lambda share: share == 0)
     recipe, plan = replace(RECIPE, total_steps=5), replace(THROUGHOUT, recorded=True)
     stopped = train(
         fused_model(base_folder), tokenizer, EXAMPLES, recipe=recipe, plan=plan, hooks=hooks, folder=tmp_path

@@ -801,7 +801,7 @@ class Beside(Alone):
 @pytest.fixture
 def undealt(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gives process 0 all examples."""
-    monkeypatch.setattr(batch_plan, "shares", lambda lengths, processes: [list(range(len(lengths))), []][:processes])
+    monkeypatch.setattr(batch_plan, "assign", lambda lengths, processes: [list(range(len(lengths))), []][:processes])
 
 
 @pytest.mark.usefixtures("undealt")
@@ -843,7 +843,7 @@ def test_a_process_without_examples_follows(
             assert not tensor.any()
             tensor += 0.5
 
-    monkeypatch.setattr(batch_plan, "shares", lambda lengths, _: [list(range(len(lengths))), []])
+    monkeypatch.setattr(batch_plan, "assign", lambda lengths, _: [list(range(len(lengths))), []])
     model = make_model(base_folder)
     saved: list[Path] = []
     hooks = Hooks(lambda _: None, lambda path, _: saved.append(path), lambda: False)
