@@ -550,7 +550,7 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
         "storage.endpoint_url",
         ["host", "ftp://host", "https://", "http://[", "https://h:x", "https://u@h", "https://h/?a=b"],
     ),
-    ("run.processes", ["0", "-1", "two", "1.5", "٢", "true", ""]),
+    ("run.processes", ["0", "-1", "1025", "999999999", "two", "1.5", "٢", "true", ""]),
     ("run.nodes", ["0", "x"]),
     ("run.node_rank", ["-1", "x"]),
     ("run.rendezvous", ["host", ":29400", "host:", "host:0", "host:65536", "http://host:1", "a b:1", "host:1:2"]),
