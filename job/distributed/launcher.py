@@ -30,6 +30,8 @@ from job.preemption.stop_flag import signals_to_handle
 _POLL_SECONDS = 0.05
 _DRIVERS = Path("/dev/nvidiactl"), Path("/dev/dxg")
 """If CUDA is available, one of these devices exists: the first on Linux, the second on Windows' subsystem for Linux."""
+# Without GPUs: more processes would only take the machine's memory, half a GB each, until the kernel kills the run.
+_FEW_PROCESSES, _PROCESSES_OF_A_CPU = 16, 4
 
 
 @dataclass(frozen=True)
@@ -46,18 +48,19 @@ def count_processes(requested: int | Literal["auto"]) -> int:
     """The number of processes to start: `requested`; with `auto` one for each visible GPU, or one without a GPU.
 
     Raises:
-        SettingsError: `requested` is more than the number of visible GPUs.
+        SettingsError: `requested` is more than the number of visible GPUs; without a GPU, more than the CPUs can run.
     """
-    if requested == 1 or not any(device.exists() for device in _DRIVERS):
-        return 1 if requested == "auto" else requested  # before torch, which takes seconds to import
-    import torch
+    gpus = 0
+    if requested != 1 and any(device.exists() for device in _DRIVERS):
+        import torch  # only here, since it takes seconds
 
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if requested == "auto":
         return max(1, gpus)
-    if gpus and requested > gpus:
-        what = f"{requested} is more than the {gpus} visible GPUs; lower it, or set auto"
-        raise SettingsError([Problem("JOB_RUN__PROCESSES", what)])
+    cpus = len(os.sched_getaffinity(0))
+    if requested > (most := gpus or max(_FEW_PROCESSES, _PROCESSES_OF_A_CPU * cpus)):
+        on = f"the {gpus} visible GPUs" if gpus else f"{most}, the most for the {cpus} CPUs of a machine without GPUs"
+        raise SettingsError([Problem("JOB_RUN__PROCESSES", f"{requested} is more than {on}; lower it, or set auto")])
     return requested
 
 

@@ -15,7 +15,7 @@ from job.common.hashing import sealed, unsealed
 from job.records import Asked, Pushed, ServeCheck
 from job.runs.layout import PUSHED, SERVED, served_key
 from job.storage.base import read_record
-from job.storage.open import ObjectStore
+from job.storage.open import ObjectStore, is_key
 
 _Record = TypeVar("_Record")
 
@@ -63,7 +63,7 @@ def read_after_run(store: ObjectStore) -> AfterRun:
 
 
 def _readable(store: ObjectStore, prefix: str, parse: Callable[[bytes], _Record]) -> Iterator[_Record]:
-    for key in sorted(info.key for info in store.list(prefix)):
+    for key in sorted(info.key for info in store.list(prefix) if is_key(info.key)):  # others are other programs'
         stored = read_record(store, key)
         try:
             if stored is not None:

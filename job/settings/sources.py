@@ -233,7 +233,7 @@ class Environment(Source):
             [
                 _unknown("environment ", variable, names, environment_name)
                 for variable in sorted(job_variables.keys() - variables)
-                if not platform.sets(variable)
+                if not platform.sets(variable, environ[variable])
             ],
         )
 

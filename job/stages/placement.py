@@ -13,7 +13,7 @@ from job.common.resources import available_bytes
 from job.data.examples import lengths_of
 from job.distributed.processes import Processes
 from job.errors import Problem, raise_problems
-from job.model.adapter_options import AdapterOptions
+from job.model.adapter_options import PLAIN, AdapterOptions
 from job.model.architecture import read_config as read_architecture
 from job.model.experts import left_plain
 from job.model.files import read_config
@@ -77,7 +77,12 @@ def decide_placement(
         return requested, "" if requested == "gpu" else f"JOB_MODEL__PLACEMENT is {requested}"
     placement, why = "gpu", ""
     if device.type == "cuda" and setup is not None and model.keep_dequantized is not True:
-        setup = replace(setup, processes=world.world_size)
+        setup = replace(
+            setup,
+            processes=world.world_size,
+            recompute=train.gradient_checkpointing is not False,
+            counted=_counted(lora, sources.folder, options),
+        )
         # Between machines, gathering a layer over the network would take longer than copying it from main memory.
         one_machine = world.world_size > 1 and world.world_size == world.local_world_size
         possible = {"gpu": True, "sharded": one_machine, "host": need <= free}
@@ -192,9 +197,10 @@ def setup_before_loading(model: Model, train: Train, lora: Lora, folder: Path, o
         return None
     requested_targets = lora.target_modules
     targets = architecture.groups[requested_targets] if isinstance(requested_targets, str) else requested_targets
+    rank = lora.rank if options.adalora is None else options.adalora.init_r
     return Setup(
         architecture=architecture,
-        rank=lora.rank if options.adalora is None else options.adalora.init_r,
+        rank=2 * rank if options.decomposed else rank,
         targets=tuple(name for name in targets if name in architecture.linear),
         quantization=model.quantization,
         double_quantization=model.double_quantization,
@@ -202,5 +208,22 @@ def setup_before_loading(model: Model, train: Train, lora: Lora, folder: Path, o
         optimizer=train.optimizer,
         recompute=True,
         plain_experts=architecture.experts > 0 and left_plain(folder),
-        expert_adapter=architecture.expert_adapter_parameters(lora.rank) if options.experts else 0,
+        expert_adapter=architecture.expert_adapter_parameters(rank, options.layers) if options.experts else 0,
+        dora=options.use_dora,
+        bytes_beside=options.bytes_beside,
+        merged_rows=2 * architecture.vocabulary if options.added_tokens else 0,
     )
+
+
+def _counted(lora: Lora, folder: Path, options: AdapterOptions) -> int | None:
+    """The adapter's parameters by the model itself, where rank and targets do not say how many; else None.
+
+    Of modules that are trained whole they may be gigabytes.
+    """
+    if options == PLAIN:
+        return None
+    from job.model.files import build_empty
+    from job.model.lora import count_parameters
+
+    empty = build_empty(folder, read_config(folder))
+    return count_parameters(empty, rank=lora.rank, target_modules=lora.target_modules, options=options)

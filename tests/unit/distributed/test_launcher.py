@@ -398,11 +398,16 @@ def test_a_port_that_is_taken_is_worth_a_retry(run: Run) -> None:
 
 
 def test_how_many_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """One for each visible GPU; on a CPU one, or as many as are asked for; never more than there are GPUs."""
+    """One for each visible GPU; on CPUs one, or as many as are asked for; never more than GPUs, or than CPUs bear."""
     import torch
 
     assert count_processes("auto") == 1
     assert [count_processes(wanted) for wanted in (1, 3)] == [1, 3]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    with pytest.raises(SettingsError, match="17 is more than 16, the most for the 2 CPUs of a machine without GPUs"):
+        count_processes(17)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(24)))
+    assert count_processes(96) == 96
     monkeypatch.setattr(launcher, "_DRIVERS", (tmp_path,))
     assert count_processes("auto") == 1
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

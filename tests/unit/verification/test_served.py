@@ -60,6 +60,13 @@ def test_a_record_verifies(store: LocalStore, tmp_path: Path) -> None:
     assert check.notes == ("adapter by vllm: holds, 12 of 12 predictions as recorded",)
 
 
+def test_a_file_whose_name_is_no_key_is_no_record(store: LocalStore) -> None:
+    """`status` and `report` read the records beside it; `verify` calls it an unknown file."""
+    write_serve_check(store, checked(store))
+    (Path(store.uri) / "served/we\\ird.json").write_text("{}")
+    assert read_after_run(store).served == (checked(store),)
+
+
 def test_a_record_that_quotes_other_answers_does_not_verify(store: LocalStore, tmp_path: Path) -> None:
     """Another prediction, a made-up near tie, a question that was not asked, another place, a changed byte."""
     found = checked(store)
