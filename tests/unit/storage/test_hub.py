@@ -150,7 +150,7 @@ def serving(hub: type[BaseHTTPRequestHandler] = Hub, tls: ssl.SSLContext | None 
     server = ThreadingHTTPServer(("127.0.0.1", 0), hub)
     if tls is not None:
         server.socket = tls.wrap_socket(server.socket, server_side=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
     finally:
