@@ -90,6 +90,13 @@ def _there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("compare --history good --output folder", 2, "--output folder: is a folder; name a file"),
         ("compare good good --policy none", 2, "--policy (none): cannot be read: No such file or directory"),
         ("verify good --storage.cache file.dat", 2, "JOB_STORAGE__CACHE: cannot make the folder file.dat"),
+        (
+            "config --run.output ftp://host/x",
+            2,
+            "use s3://bucket/key, gs://bucket/key, az://bucket/key, a path, or for",
+        ),
+        ("config --config none.yaml", 2, "JOB_CONFIG (command line): the file none.yaml cannot be read: No such file"),
+        ("config --config job.json", 2, "must name a .yaml, .yml or .toml file, not job.json"),
         ("config --schema --foo", 2, "--schema: prints the schema of all settings; remove the other arguments"),
     ],
 )

@@ -301,7 +301,7 @@ def test_figures_say_what_they_rest_on() -> None:
 def test_a_warmup_that_takes_all_steps_is_noted(warmup: int, noted: bool) -> None:  # noqa: FBT001
     """The rate of the last step is the peak if one step less warms up."""
     note = {figure.name: figure.note for figure in estimates(replace(RUN, warmup_steps=warmup))}["optimizer steps"]
-    assert ("the learning rate never reaches its peak" in note) == noted
+    assert ("the learning rate never reaches its peak; set JOB_TRAIN__WARMUP_RATIO=0.1" in note) == noted
 
 
 def test_the_figures_are_the_formulas() -> None:
