@@ -179,8 +179,9 @@ def naming_other_schema(faults: Sequence[RowError], row: Row, schema: Schema) ->
     alike = [one for one in SCHEMAS if (one in SIDES) == (schema in SIDES) and one != schema and fits(row.fields, one)]
     if not alike:
         return list(faults)
-    what = f"has the fields of the schema {alike[0]}, but by JOB_DATA__FORMAT or the first row they are {schema}"
-    return [RowError("missing_field", row.where, f"{what}; all rows of a run must have one schema")]
+    what = f"has the fields of the schema {alike[0]}, not of {schema}"
+    one = "all rows must have one schema, that of JOB_DATA__FORMAT or else of the first row"
+    return [RowError("missing_field", row.where, f"{what}; {one}")]
 
 
 def nearest_field(field: str, fields: Iterable[str]) -> str | None:

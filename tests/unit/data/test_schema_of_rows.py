@@ -61,9 +61,9 @@ def test_a_row_of_another_schema_is_one_problem(tmp_path: Path) -> None:
     path = lines(tmp_path / "x.jsonl", {"instruction": "a", "output": "b"}, other, half)
     with pytest.raises(DataError) as caught:
         load(path)
-    what = "has the fields of the schema prompt_completion, but by JOB_DATA__FORMAT or the first row they are alpaca"
+    what = "has the fields of the schema prompt_completion, not of alpaca; all rows must have one schema, that of"
     assert [str(problem) for problem in caught.value.problems] == [
-        f"{path}:2: {what}; all rows of a run must have one schema",
+        f"{path}:2: {what} JOB_DATA__FORMAT or else of the first row",
         f"{path}:3 output: is missing",
     ]
     assert load(path, on_bad_row="skip")[1].skipped == {"missing_field": 2}

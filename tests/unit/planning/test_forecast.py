@@ -777,6 +777,15 @@ def test_a_machine_that_may_lack_main_memory_is_not_recommended() -> None:
     assert "cheapest" not in as_table(Plan("a run", CHECKED, (), (unknown,), None, ()))
 
 
+def test_a_long_note_of_a_gpu_is_folded() -> None:
+    """Under its beginning, like all other text of the plan, so that a terminal does not break it anywhere."""
+    noted = replace(forecast_gpu(BY_NAME["L4"], RUN, REFERENCE), name="T4", note="slow " * 40)
+    lines = as_table(Plan("a run", CHECKED, (), (noted,), None, ())).splitlines()
+    first = lines.index(next(line for line in lines if line.startswith("T4: ")))
+    assert lines[first + 1].startswith("    slow")
+    assert max(map(len, lines[first : first + 2])) <= 118
+
+
 def test_results_in_a_folder_take_disk() -> None:
     """Checkpoints, one more than are kept; or what follows training beside those that are kept. Nothing in a bucket."""
 
