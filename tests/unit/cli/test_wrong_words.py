@@ -97,6 +97,7 @@ def _there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ("config --config none.yaml", 2, "JOB_CONFIG (command line): the file none.yaml cannot be read: No such file"),
         ("config --config job.json", 2, "must name a .yaml, .yml or .toml file, not job.json"),
+        ("job.yaml", 2, "job.yaml: is not a command; give a settings file as --config job.yaml; commands are"),
         ("config --schema --foo", 2, "--schema: prints the schema of all settings; remove the other arguments"),
     ],
 )
@@ -108,6 +109,12 @@ def test_what_is_wrong_is_named_with_the_fix(
     line = json.loads(capsys.readouterr().err)
     assert line["exit_code"] == code
     assert problem in line["problems"][0]
+
+
+def test_the_version_is_asked_for_as_a_command_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its nearest command would be `verify`."""
+    assert main(["version"]) == main(["--version"]) == 0
+    assert len(set(capsys.readouterr().out.splitlines())) == 1
 
 
 def test_help_of_a_command_in_either_order(capsys: pytest.CaptureFixture[str]) -> None:
