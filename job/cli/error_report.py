@@ -77,7 +77,7 @@ def _log(error: Exception, code: int) -> None:
     elif isinstance(error, JobError):
         # A run on spot machines is preempted as a matter of course: no alert on errors should go off.
         say = logger.warning if isinstance(error, Preempted) else logger.error
-        say(type(error).__name__, exit_code=code, meaning=error.meaning, **_details(error))
+        say(type(error).__name__, exit_code=code, meaning=error.meaning, **_details(error), **_resume_with(error))
     else:
         logger.error("a bug: please report it with this traceback", exit_code=code, exc_info=error)
 
@@ -108,6 +108,13 @@ def _details(error: JobError) -> dict[str, Any]:
     found = {"problems": [str(problem) for problem in problems], "total": getattr(error, "total", len(problems))}
     advice = getattr(error, "advice", "")
     return {**found, "advice": advice} if advice else found
+
+
+def _resume_with(error: JobError) -> dict[str, str]:
+    """What resumes the run: its id may have been generated, and a terminal shows it in the first line only."""
+    run = log.context()
+    begun = error.retry != "no" and "attempt" in run and "run" in run
+    return {"resume_with": f"JOB_RUN__ID={run['run']}"} if begun else {}
 
 
 def _write_failure_file(path: Path | None, message: str) -> None:

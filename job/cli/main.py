@@ -45,10 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _dispatch(argv: list[str]) -> int:
     if argv and argv[0] in {*HELP, "help"}:
         return print_text(_help(argv[1:], argv[0]))
-    if argv and argv[0] == "--version":
+    if argv and argv[0] in {"--version", "version"}:
         return print_text(f"qlora-job {__version__}\n")
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         near = "".join(f"; the nearest is {name}" for name in get_close_matches(argv[0], COMMANDS, n=1))
+        if argv[0].lower().endswith((".yaml", ".yml", ".toml")):
+            near = f"; give a settings file as --config {shown(argv[0])}"
         raise SettingsError(
             [Problem(shown(argv[0]), f"is not a command{near}; commands are {', '.join(shown_commands())}")]
         )

@@ -62,9 +62,11 @@ def _why_no_schema(row: Row, among: Collection[str], method: MethodName) -> str:
     """What a row has that fits no schema of the method, and what it may be meant for."""
     fields = ", ".join(map(ascii, row.fields)) or "none"
     if others := _others(row, method):
+        own = [schema for schema in REQUIRED if schema in METHODS[method].schemas]
+        rows = f", or give rows with the fields {', '.join(REQUIRED[own[0]])}" if len(own) == 1 else ""
         return (
             f"has the fields {fields}, from which JOB_TRAIN__METHOD={method} does not learn; "
-            f"set JOB_TRAIN__METHOD={others}"
+            f"set JOB_TRAIN__METHOD={others}{rows}"
         )
     schemas = "; ".join(f"{schema}: {', '.join(REQUIRED[schema])}" for schema in REQUIRED if schema in among)
     wanted = dict.fromkeys(field for schema in REQUIRED if schema in among for field in REQUIRED[schema])

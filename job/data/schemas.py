@@ -172,6 +172,18 @@ def with_near_names(faults: Sequence[RowError], row: Row) -> list[RowError]:
     ]
 
 
+def naming_other_schema(faults: Sequence[RowError], row: Row, schema: Schema) -> list[RowError]:
+    """The faults of a row; for a row of another schema, one that says so in place of one for each missing field."""
+    if any(fault.kind != "missing_field" for fault in faults) or any(field in row.fields for field in REQUIRED[schema]):
+        return list(faults)
+    alike = [one for one in SCHEMAS if (one in SIDES) == (schema in SIDES) and one != schema and fits(row.fields, one)]
+    if not alike:
+        return list(faults)
+    what = f"has the fields of the schema {alike[0]}, not of {schema}"
+    one = "all rows must have one schema, that of JOB_DATA__FORMAT or else of the first row"
+    return [RowError("missing_field", row.where, f"{what}; {one}")]
+
+
 def nearest_field(field: str, fields: Iterable[str]) -> str | None:
     """Of the fields that a row has, the one that may be a misspelled `field`; None if there is none."""
     plain = {name.strip().lower(): name for name in fields}

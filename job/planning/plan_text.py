@@ -191,7 +191,7 @@ def _gpus(plan: Plan) -> str:
     if {gpu.hours for gpu in plan.gpus if gpu.fits} == {None}:
         read = "data and questions that were read" if plan.trains else "questions that were read"
         lines.append(f"hours and USD: only for {read}, and in bf16 or fp16 (JOB_MODEL__DTYPE)")
-    lines += [f"{gpu.name}: {gpu.note}" for gpu in plan.gpus if gpu.note]
+    lines += _folded([(f"{gpu.name}: ", gpu.note) for gpu in plan.gpus if gpu.note])
     if not all(gpu.main_memory_enough for gpu in plan.gpus):
         lines.append("yes, with main memory: on a machine with so much; how much the one of the price has is not known")
     priced = [gpu for gpu in plan.gpus if gpu.fits and gpu.main_memory_enough and gpu.usd is not None]

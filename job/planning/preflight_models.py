@@ -28,6 +28,7 @@ from job.model.start_adapter import WEIGHTS as START_WEIGHTS
 from job.model.target_modules import linear_weights, resolve_targets
 from job.model.text_classifier import Labels
 from job.model.tokenizer import load_tokenizer
+from job.model.weight_file_check import check_weight_files
 from job.planning.auxiliary_models import count_weights
 from job.planning.known_models_and_data import CHARACTERS_PER_TOKEN
 from job.planning.preflight import HUB_UNREACHABLE, Found, NotChecked, Online
@@ -82,7 +83,7 @@ def preview_model(
         model_folder, weights = _fetch_small_files(source, folder, storage)
         sentence, download = f"{source} can be read", bytes_to_fetch(source, storage)
     elif (local := local_model(source)) is not None:
-        model_folder, weights, download = local, sum(1 for _ in local.glob("*.safetensors")), 0
+        model_folder, weights, download = local, len(check_weight_files(local)), 0
         sentence, is_here = f"{source} is here", True
     else:
         model_folder, weights, download, sentence = _look_up_on_hub(source, revision, online=online)
@@ -304,7 +305,7 @@ def _look_up_on_hub(source: str, revision: str | None, *, online: Online) -> tup
         return folder, weights, sum(files.values()), f"{source} can be fetched from the hub"
     cached = cached_model(source, revision)
     if cached is None or not (cached / "config.json").exists():
-        raise NotChecked(f"{source} is not in the cache, and {HUB_UNREACHABLE}")
+        raise NotChecked(f"{source} is no folder here and not in the cache, and {HUB_UNREACHABLE}")
     return cached, 1, None, f"{source} is in the cache; for its weights {HUB_UNREACHABLE}"
 
 

@@ -49,7 +49,7 @@ LAST_SECONDS = 0.5
 """A process that has not ended by this time before the kill ends itself."""
 _LONGEST_WAIT = 3600.0
 """Seconds; `poll` takes no more than 24 days."""
-_GOES_ON = "start the run again with the same id: it goes on after its last checkpoint or finished stage"
+_GOES_ON = "start the run again with its JOB_RUN__ID: it goes on after its last checkpoint or finished stage"
 _NO_MORE_SIGNALS = b"\0"
 """Written to the pipe of signal numbers when it is not read any more; no signal has this number."""
 
@@ -106,7 +106,7 @@ class StopFlag:
             Preempted: `request` was called.
         """
         if self.reason is not None:
-            raise Preempted(f"stopped by {self.reason}; start the run again with the same id to resume it")
+            raise Preempted(f"stopped by {self.reason}; start the run again with its JOB_RUN__ID to resume it")
 
 
 @dataclass(frozen=True)

@@ -248,7 +248,7 @@ def _location(text: str) -> str:
         return text
     if scheme not in schemes():
         known = ", ".join(f"{known}://bucket/key" for known in schemes())
-        raise ValueError(f"is a URI of an unknown store; use {known}, a path, or a hub id such as org/name")
+        raise ValueError(f"is a URI of an unknown store; use {known}, a path, or for model and data a hub id")
     if (unusable := unusable_bucket(scheme, remainder)) is not None:
         raise ValueError(unusable)
     bucket, _, key = remainder.rstrip("/").partition("/")

@@ -19,6 +19,7 @@ from job.model.files import fingerprint
 from job.model.quantized_cache.cache import find
 from job.model.quantized_cache.layout import CachedBase, CacheEntry, entry_at, entry_for
 from job.model.tokenizer_files import tokenizer_files
+from job.model.weight_file_check import check_weight_files
 from job.records import FirstValues, Pulled
 from job.runs.attempt import Attempt
 from job.runs.layout import BASE, FIRST_VALUES, Stage
@@ -122,6 +123,7 @@ def find_base(
         # the commit of the first attempt: a branch or tag may have moved since
         requested_revision = (None if earlier is None else earlier.model_revision) or base.model.revision
         folder, revision = download_model(source, requested_revision, before_weights)
+    check_weight_files(folder)  # before gigabytes are hashed and rows are tokenized
     tokenizer_files(folder)  # fails now rather than when the adapter is published
     sha256 = fingerprint(folder)
     locations = _cache_locations(attempt, base, storage)

@@ -59,6 +59,11 @@ def test_what_is_not_as_fast_as_can_be_is_said(tmp_path: Path, family: str, says
         (lambda folder: (folder / "config.json").write_text("[" * 10**5), DataError, "no config.json that can be read"),
         (lambda folder: (folder / "config.json").unlink(), DataError, "no config.json"),
         (lambda folder: (folder / "model.safetensors").unlink(), DataError, "no weights in safetensors"),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(bytes(100)),
+            DataError,
+            r"model\.safetensors is no whole safetensors file",
+        ),
         (shutil.rmtree, DataError, "does not exist"),
     ],
 )
@@ -204,7 +209,7 @@ def test_a_hub_model_may_be_in_the_cache(base_folder: Path, tmp_path: Path, monk
     assert (state, model.folder, model.download_bytes) == ("ok", base_folder, None)
     assert "the hub cannot be reached" in what
     monkeypatch.setattr(preflight_models, "cached_model", lambda *_: None)
-    with pytest.raises(NotChecked, match="not in the cache"):
+    with pytest.raises(NotChecked, match="some/model is no folder here and not in the cache"):
         preview_model("some/model", None, folder=tmp_path, **HERE)
 
 

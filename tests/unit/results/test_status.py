@@ -369,6 +369,17 @@ def test_where_the_next_attempt_goes_on(tmp_path: Path) -> None:
         assert seen(run).resume == Resume("train", None, 0)
 
 
+def test_who_may_resume_a_run_is_told_its_id(tmp_path: Path) -> None:
+    """A generated id is nowhere in the command that was typed; a run that goes on needs no start."""
+    run = tmp_path / "run"
+    with attempt_at(run, killed=True):
+        pass
+    words = "the same command with JOB_RUN__ID=run"
+    for state, told in (("killed", True), ("preempted", True), ("running", False), ("stalled", False)):
+        assert (words in "\n".join(as_lines(replace(seen(run), state=state)))) == told
+    assert words not in "\n".join(as_lines(replace(seen(run), state="killed", exported_run="another")))
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -650,6 +650,12 @@ def test_nonsense_of_the_environment_is_told_as_what_it_is(case: str) -> None:
         act()
 
 
+def test_a_hub_that_is_silent_says_what_to_check() -> None:
+    """The message has the fix beside the place."""
+    with pytest.raises(Unreachable, match=r"model x: .*; check the network, HF_ENDPOINT"), hub_errors("model x"):
+        raise ConnectionError
+
+
 def test_variables_that_make_no_sense_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub's library reads some of its variables when it is imported, and fails on them: code 2, with the words."""
 
