@@ -13,13 +13,15 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from threading import Event, Thread
 from typing import Any, TypeVar
 
 from job.common.formatting import first_line
 from job.common.out_of_memory import ran_out, says_full
+from job.common.process_identity import ProcessIdentity, this_process
 from job.distributed.common_exit_code import END, failure_key, gone_key, publish_end
-from job.distributed.peers import Peers, identity
+from job.distributed.peers import Peers
 from job.distributed.ranks import Place
 from job.errors import JobError, Killed, Preempted, error_of_process
 from job.preemption.stop_flag import StopFlag
@@ -107,7 +109,8 @@ class ProcessGroup:
 
     def announce(self) -> None:
         """Publishes this process's identity, for `watch_peers` of the others. Called before the processes connect."""
-        self._set(f"identity#{self.place.rank}", identity())
+        own = this_process()
+        self._set(f"identity#{self.place.rank}", own and asdict(own))
 
     def watch_peers(self) -> None:
         """Makes `check` also end this process when another one in its PID namespace has died.
@@ -117,7 +120,8 @@ class ProcessGroup:
         self._all_connected = True
         with self._store_errors():
             keys = {rank: f"identity#{rank}" for rank in range(self.place.world_size) if rank != self.place.rank}
-            self._peers = Peers({rank: self._get(key) for rank, key in keys.items() if self._store.check([key])})
+            found = {rank: self._get(key) for rank, key in keys.items() if self._store.check([key])}
+        self._peers = Peers({rank: ProcessIdentity(**identity) for rank, identity in found.items() if identity})
 
     def wait_in_thread(self, call: Callable[[], object], *, stoppable: bool) -> None:
         """Makes a call that blocks until all processes have made it, and notices meanwhile that another one has ended.
