@@ -2,8 +2,8 @@
 
 The launcher hosts the store. Nothing is pickled. No process waits for a failed one: a process that fails, or its
 launcher, writes the reason to the store, and every waiting process reads it there and ends with the same exit code.
-Without a launcher, the death of a process is detected by the processes in its PID namespace (`peers`). That process 0
-is stopped is detected by all others (`heartbeat`).
+Without a launcher, the death of a process is detected by the processes in its PID namespace (`peers`). A process 0 that
+is stopped, and so cannot fail, is detected by all others (`heartbeat`).
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class ProcessGroup:
         self._calls = 0
         self._checked = -math.inf  # the first `check` reads the store
         self._heartbeat, self._stall_seconds = Heartbeat(store), stall_seconds
-        self._monitor: HeartbeatMonitor | None = None  # of process 0, which has none; from when all have arrived
+        self._monitor: HeartbeatMonitor | None = None
+        """Whether process 0 runs; None in process 0, and until all have arrived."""
         self._sent = [0] * place.world_size
         """Number of values by rank: those this process has sent, and in process 0 those it has received from each."""
 
@@ -109,7 +110,8 @@ class ProcessGroup:
     def watch_peers(self) -> None:
         """Makes `check` also end this process when another one in its PID namespace has died.
 
-        Called once all processes have arrived. From now on the others than process 0 also end if that is stopped.
+        Called once all processes have arrived. In processes other than 0, `check` also ends them from now on if
+        process 0 is stopped.
         """
         self._all_connected = True
         if not self.leads:

@@ -335,7 +335,7 @@ def _await_all(group: ProcessGroup, store: Any, limit: _Limit, check: Callable[[
 
 
 class _Reminder:
-    """Says every `_SAY_SECONDS` that it is time for a line in the log, the first time after these seconds."""
+    """Says every `_REMINDER_SECONDS` that it is time for a line in the log, the first time after these seconds."""
 
     def __init__(self) -> None:
         self._next = time.monotonic() + _REMINDER_SECONDS
