@@ -2,7 +2,8 @@
 
 The launcher hosts the store. Nothing is pickled. No process waits for a failed one: a process that fails, or its
 launcher, writes the reason to the store, and every waiting process reads it there and ends with the same exit code.
-Without a launcher, the death of a process is detected by the processes in its PID namespace (`peers`).
+Without a launcher, the death of a process is detected by the processes in its PID namespace (`peers`). A process 0 that
+is stopped, and so cannot fail, is detected by all others (`heartbeat`).
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Event, Thread
+from dataclasses import asdict
+from threading import Thread
 from typing import Any, TypeVar
 
 from job.common.formatting import first_line
 from job.common.out_of_memory import ran_out, says_full
+from job.common.process_identity import ProcessIdentity, this_process
 from job.distributed.common_exit_code import END, announce_end, failure_key, gone_key
-from job.distributed.peers import Peers, identity
+from job.distributed.heartbeat import Heartbeat, HeartbeatMonitor
+from job.distributed.peers import Peers
 from job.distributed.ranks import Place
-from job.errors import JobError, Killed, Preempted, error_of_process
+from job.errors import JobError, Killed, Preempted, Stalled, error_of_process
 from job.preemption.stop_flag import StopFlag
 
 T = TypeVar("T")
@@ -30,8 +34,6 @@ CHECK_SECONDS = 1.0
 """Shortest time between two reads of the store in `check`."""
 REASON_SECONDS = 5.0
 """How long to wait for the reason in the store after the connection to a process broke."""
-_BEAT = "beat"
-"""Key of a number that process 0 increases as long as it runs."""
 _FAR_FUTURE = 1e9
 """Seconds that stand for "no deadline" among the flags."""
 _PART_BYTES = 4 << 20
@@ -52,14 +54,21 @@ class ProcessGroup:
         place: Rank and world size of this process.
         store: The common TCPStore, with a prefix for this run and this start.
         stop: This process's stop flag; `agree` sets it when that of another process is set.
-        report_progress: Called while this process waits, so that its watchdog does not end it. Process 0 does not call
-            it, so that its watchdog detects a deadlock, in which all wait for each other. The other processes do not
-            call it while process 0 is suspended (`beat`), since its watchdog is suspended, too.
+        report_progress: Called while this process waits. Process 0 does not call it, so that its watchdog detects a
+            deadlock, in which all wait for each other, and ends all.
         grace_seconds: Seconds in which the other processes have to end after one has ended.
+        stall_seconds: Seconds after which the others end if process 0 is stopped, and its watchdog with it.
     """
 
     def __init__(
-        self, place: Place, store: Any, stop: StopFlag, report_progress: Callable[[], None], grace_seconds: float
+        self,
+        place: Place,
+        store: Any,
+        stop: StopFlag,
+        report_progress: Callable[[], None],
+        *,
+        grace_seconds: float,
+        stall_seconds: float,
     ) -> None:
         self.place, self.leads, self.stopping = place, place.rank == 0, False
         self._store, self._stop, self._report_progress, self._grace = store, stop, report_progress, grace_seconds
@@ -69,8 +78,9 @@ class ProcessGroup:
         """Whether this process ends because another one failed, not because it had to stop before that."""
         self._calls = 0
         self._checked = -math.inf  # the first `check` reads the store
-        self._beat, self._first_runs, self._left = 0, True, Event()
-        self._beat_error: RuntimeError | None = None
+        self._heartbeat, self._stall_seconds = Heartbeat(store), stall_seconds
+        self._monitor: HeartbeatMonitor | None = None
+        """Whether process 0 runs; None in process 0, and until all have arrived."""
         self._sent = [0] * place.world_size
         """Number of values by rank: those this process has sent, and in process 0 those it has received from each."""
 
@@ -79,45 +89,37 @@ class ProcessGroup:
         if time.monotonic() - self._checked >= CHECK_SECONDS:
             self._checked = time.monotonic()
             with self._store_errors():
-                if self._beat_error is not None:  # without beats the others would think that this process is suspended
-                    raise self._beat_error
+                self._heartbeat.check()
                 ended = self._store.check([END])
                 if ended:
                     raise self._ended()
                 self._check_peers()
-                if not self.leads:
-                    before, self._beat = self._beat, self._store.add(_BEAT, 0)
-                    self._first_runs = self._beat == 0 or self._beat != before  # 0: it has not begun
+                self._check_process_0()
 
-    def beat(self) -> None:
-        """In process 0: starts a thread that shows the others that this process is running, not suspended.
-
-        A suspended process (SIGSTOP, a frozen container) cannot notice that itself, and its connections stay open.
-        """
-
-        def run() -> None:
-            try:
-                while not self._left.wait(CHECK_SECONDS / 2):
-                    self._store.add(_BEAT, 1)
-            except RuntimeError as error:
-                self._beat_error = error
-
+    def start_heartbeat(self) -> None:
+        """In process 0: shows the others from now on that this process runs. Called before the processes connect."""
         if self.leads:
-            Thread(target=run, name="beat", daemon=True).start()
+            with self._store_errors():
+                self._heartbeat.start()
 
     def announce(self) -> None:
         """Publishes this process's identity, for `watch_peers` of the others. Called before the processes connect."""
-        self._set(f"identity#{self.place.rank}", identity())
+        own = this_process()
+        self._set(f"identity#{self.place.rank}", own and asdict(own))
 
     def watch_peers(self) -> None:
         """Makes `check` also end this process when another one in its PID namespace has died.
 
-        Called once all processes have connected.
+        Called once all processes have arrived. In processes other than 0, `check` also ends them from now on if
+        process 0 is stopped.
         """
         self._all_connected = True
+        if not self.leads:
+            self._monitor = HeartbeatMonitor(self.place, self._store, self._stall_seconds)
         with self._store_errors():
             keys = {rank: f"identity#{rank}" for rank in range(self.place.world_size) if rank != self.place.rank}
-            self._peers = Peers({rank: self._get(key) for rank, key in keys.items() if self._store.check([key])})
+            found = {rank: self._get(key) for rank, key in keys.items() if self._store.check([key])}
+        self._peers = Peers({rank: ProcessIdentity(**identity) for rank, identity in found.items() if identity})
 
     def wait_in_thread(self, call: Callable[[], object], *, stoppable: bool) -> None:
         """Makes a call that blocks until all processes make it, and checks meanwhile whether another one has ended.
@@ -261,7 +263,7 @@ class ProcessGroup:
         """
         left_keys = [gone_key(rank) for rank in range(self.place.world_size)]
         self._peers.close()
-        self._left.set()
+        self._heartbeat.stop()
         with contextlib.suppress(RuntimeError):
             self._store.set(left_keys[self.place.rank], "")
             if self.leads:
@@ -270,6 +272,14 @@ class ProcessGroup:
                 self._wait_at_most(
                     self._grace, lambda: self._store.check(left_keys[:1]) or self._store.check([failure_key(0)])
                 )
+
+    def _check_process_0(self) -> None:
+        if self._monitor is not None:
+            try:
+                self._monitor.check()
+            except Stalled:
+                self._end_by("process 0, which does not run")
+                raise
 
     def _check_peers(self) -> None:
         for rank in self._peers.dead():
@@ -365,7 +375,7 @@ class ProcessGroup:
             self.check()
             if stoppable:
                 self._stop.check()
-            if not self.leads and self._first_runs:
+            if not self.leads:
                 self._report_progress()
             time.sleep(pause)
             pause = min(2 * pause, longest)

@@ -439,7 +439,8 @@ class Train(Group):
     log_every_steps: ExecutionOnly[Count] = 1
     """Optimizer steps between two lines of metrics in the log."""
     stall_seconds: ExecutionOnly[Seconds] = 1800
-    """Seconds without progress after which the job ends with exit code 74."""
+    """Seconds without progress after which the job ends with exit code 74. Also how long processes wait for each other
+    to connect (exit code 69), and for a process 0 that is stopped (74)."""
 
     @property
     def last_method(self) -> MethodName:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -198,6 +200,50 @@ def test_a_signal_ends_the_waiting(come: str) -> None:
         assert not future.done()
         stop.request("SIGTERM", 10)
         assert isinstance(future.result(timeout=60), Preempted)
+
+
+@pytest.fixture
+def frozen() -> Iterator[Place]:
+    """A place whose store accepts connections and never answers, like that of a machine that stands still."""
+    with socket.create_server(("localhost", 0)) as listener:
+        yield Place(1, 2, host="localhost", port=listener.getsockname()[1], hosted=True)
+
+
+def test_a_frozen_machine_is_named(frozen: Place) -> None:
+    """With its address, after the timeout; torch's client alone would wait without a limit."""
+    error = fail(frozen, timeout_seconds=1)
+    assert isinstance(error, Unreachable)
+    what = f"process 0 of this run cannot be reached at localhost:{frozen.port}: no answer"
+    assert str(error) == f"{what}; waited for 1 s (JOB_TRAIN__STALL_SECONDS)"
+
+
+def test_a_signal_ends_the_waiting_for_a_frozen_machine(frozen: Place) -> None:
+    """It is noticed although torch's client waits."""
+    stop = StopFlag()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(fail, frozen, stop=stop, timeout_seconds=60)
+        time.sleep(1)
+        assert not future.done()
+        stop.request("SIGTERM", 10)
+        assert isinstance(future.result(timeout=30), Preempted)
+
+
+def test_a_frozen_machine_that_is_replaced_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its address leads to another one then: a connection that gets no answer is given up."""
+    host, asked = host_store(0), list[float]()
+
+    def reach(place: Place, seconds: float) -> Any:
+        asked.append(seconds)
+        if len(asked) == 1:
+            time.sleep(3)
+            raise TimeoutError
+        return connect_store(place, seconds)
+
+    monkeypatch.setattr(rendezvous, "_ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(rendezvous, "reach_store", reach)
+    keyspace(host, "run").add("here#0", 1)
+    error = fail(Place(1, 3, host="localhost", port=host.port, hosted=True), timeout_seconds=2)
+    assert "of 3 processes, these did not connect: 2; waited for 2 s (JOB_TRAIN__STALL_SECONDS)" in str(error)
 
 
 def test_an_error_before_all_have_come_is_told_to_those_that_have() -> None:
