@@ -176,7 +176,11 @@ def naming_other_schema(faults: Sequence[RowError], row: Row, schema: Schema) ->
     """The faults of a row; for a row of another schema, one that says so in place of one for each missing field."""
     if any(fault.kind != "missing_field" for fault in faults) or any(field in row.fields for field in REQUIRED[schema]):
         return list(faults)
-    alike = [one for one in SCHEMAS if (one in SIDES) == (schema in SIDES) and one != schema and fits(row.fields, one)]
+    alike = [
+        one
+        for one in SCHEMAS
+        if (one in SIDES) == (schema in SIDES) and one != schema and has_required(row.fields, one)
+    ]
     if not alike:
         return list(faults)
     what = f"has the fields of the schema {alike[0]}, not of {schema}"

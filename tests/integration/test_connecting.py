@@ -121,7 +121,7 @@ try:
     ):
         if when == "all have connected":
             stops(lambda: None)
-        processes.share("what it pulls", lambda: 0)
+        processes.broadcast("what it pulls", lambda: 0)
 except JobError as error:
     print(error, file=sys.stderr, flush=True)
     os._exit(error.exit_code)
