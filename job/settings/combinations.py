@@ -102,11 +102,9 @@ def _processes(settings: Settings, environ: Mapping[str, str]) -> Iterator[Fault
         if run.node_rank >= run.nodes:
             yield "run.node_rank", f"must be less than JOB_RUN__NODES ({run.nodes}), since it counts from 0; change one"
     given_address = run.rendezvous is not None and settings.sources["run.rendezvous"] != "platform"
-    if place is None and run.nodes == 1 and given_address:
-        what = (
-            "has no effect with JOB_RUN__NODES=1: each machine would run all by itself, and take over from the others"
-        )
-        yield "run.rendezvous", f"{what}; set JOB_RUN__NODES, or remove it"
+    if place is None and given_address and settings.sources["run.nodes"] == "default":
+        what = "has no effect without JOB_RUN__NODES: each machine would run alone, and take over from the others"
+        yield "run.rendezvous", f"{what}; set both, or remove it"
     several = run.nodes > 1 if place is None else place.world_size > 1
     if several and settings.sources["run.id"] == "generated":
         yield "run.id", "must be set: otherwise each machine or process would generate a different one"

@@ -825,8 +825,9 @@ class TestCombinations:
         """Each of them would run the whole run, and end the others' attempts by taking over."""
         (found,) = problems(["--run.rendezvous=a:1", "--run.id=a"]).items()
         assert found[0] == "JOB_RUN__RENDEZVOUS (command line)"
-        assert "set JOB_RUN__NODES" in found[1]
+        assert "without JOB_RUN__NODES" in found[1]
         assert load_settings(["--run.rendezvous=a:1", "--run.id=a"], TORCHRUN)
+        assert load_settings(["--run.rendezvous=a:1", "--run.nodes=1"])  # manifests that are scaled down to one pod
 
     def test_where_torchrun_starts_the_processes_it_knows_the_machines(self) -> None:
         """Our own settings of machines are then not asked for."""
