@@ -155,6 +155,11 @@ def test_ordinary_names(address: str) -> None:
         ("https://host/a?SecurityToken=x", "has a signature"),
         ("S3://AKIA:secret@bucket/a", "has a login"),
         ("s3://AKIA:@bucket/a", "has a login"),
+        ("s3://:secret@bucket/a", "has a login"),  # a password without a user
+        ("s3://bucket and x:y@z", None),
+        ("gs://bucket,a:b@c", None),
+        ("http://me:secret@host", None),  # such settings have a check of their own
+        ("https://me:secret@host", None),
         ("see s3://AKIA:se/cr:et@bucket/a", "has a login"),
         # The labels of RFC 7468, RFC 5915, OpenSSL and OpenSSH.
         *((f"-----BEGIN {kind}PRIVATE KEY-----", "holds a private key") for kind in ("", "RSA ", "EC ", "ENCRYPTED ")),

@@ -18,7 +18,7 @@ AWKWARD = [0.0, -0.0, 65504.0, 65519.99, 1e-8, 6e-8, 2.9802322e-08, 1.00390625, 
 
 
 @pytest.mark.parametrize("kind", DTYPES)
-@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16, torch.float16])
 def test_it_rounds_as_torch_does(kind: str, held: torch.dtype, tmp_path: Path) -> None:
     """Bit for bit: random numbers of every size, ties, the smallest and the largest; what is no float is left."""
     generator = torch.Generator().manual_seed(1)

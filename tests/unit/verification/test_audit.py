@@ -146,6 +146,46 @@ def test_actions_that_are_none(tmp_path: Path) -> None:
         assert found.differences == ()
 
 
+def test_kinds_that_the_manifest_does_not_have(tmp_path: Path) -> None:
+    """A finding of a kind that was not checked, and the kind unsafe without a classifier."""
+    path = tmp_path / "findings.jsonl"
+    path.write_bytes(DATA + Finding("email", "rows.jsonl:5", 4).line().encode())
+    record = manifest()
+    record["dataset"]["audit"]["findings"] = 4
+    (found,) = check_audit(record, {FINDINGS: path})
+    assert [(one.where, one.claimed, one.found) for one in found.differences] == [
+        (FINDINGS, "findings of the manifest's kinds", "email")
+    ]
+    path.write_bytes(DATA)
+    record = manifest()
+    record["dataset"]["audit"]["checks"]["unsafe"] = asdict(CheckRecord("record", "", "", 0, []))
+    (found,) = check_audit(record, {FINDINGS: path})
+    assert [one.where for one in found.differences] == [f"{AUDIT}.checks"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "holds"),
+    [
+        (["worse", "bad", "worse"], True),
+        (["bad"], False),
+        (["bad", "worse", "worst"], False),
+        ("bad", False),
+        (5, False),
+    ],
+)
+def test_labels_are_compared_as_a_set(tmp_path: Path, labels: object, holds: bool) -> None:  # noqa: FBT001
+    """In whichever order, and however often, the setting names them; what is no list of labels is a difference."""
+    path = tmp_path / "findings.jsonl"
+    path.write_bytes(b"")
+    safety = SafetyRecord("models/x", None, "0" * 64, ["worse", "bad"], 0.5)
+    checks = {"unsafe": CheckRecord("record", "", "", 0, [])}
+    record = AuditRecord(20, 0, checks, {}, 0, 0, "0" * 64, 20, safety=safety)
+    values = {"safety_model": "models/x", "unsafe_threshold": 0.5, "unsafe_labels": labels}
+    settings = {f"data.{name}": {"value": value} for name, value in values.items()}
+    (found,) = check_audit({"dataset": {"audit": asdict(record)}, "settings": settings}, {FINDINGS: path})
+    assert (found.differences == ()) == holds
+
+
 @pytest.mark.parametrize(
     ("finding", "holds"),
     [
