@@ -9,6 +9,7 @@ from job.audit.audit import Finding, counts, overlapping, parse_findings
 from job.audit.statistics import QUANTILES
 from job.common.findings import UNSAFE, action_of
 from job.common.formatting import count
+from job.errors import environment_name
 from job.runs.layout import FINDINGS, RESULTS
 from job.verification.differences import CheckResult, Copies, Difference, find_differences, show
 
@@ -29,7 +30,7 @@ def check_audit(results: Mapping[str, Any], copies: Copies) -> Iterator[CheckRes
         return
     on_finding = results["settings"].get("data.on_finding", {}).get("value") or {}
     if not isinstance(on_finding, Mapping):
-        where = f"{RESULTS} settings data.on_finding"
+        where = f"{RESULTS} settings, {environment_name('data.on_finding')}"
         yield CheckResult("audit", extent, (Difference(where, show(on_finding), "no actions by kind"),))
         return
     actions = {kind: action_of(on_finding, kind) for kind in audit["checks"]}

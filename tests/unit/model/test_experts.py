@@ -156,9 +156,9 @@ def test_adapters_of_experts_compute_what_peft_computes(bases: dict[str, Path], 
     expected = results(other)
     assert sum(float(one.abs().max()) > 0 for one in expected) == len(expected)
     for found, wanted in zip(found_first := results(model), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=5e-6)
     with adapter_off(model), adapter_off(other), torch.no_grad():
-        torch.testing.assert_close(logits(model), logits(other), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(logits(model), logits(other), rtol=1e-4, atol=5e-6)
     forget_dequantized(model)
     assert_same(results(model), found_first)
 

@@ -21,6 +21,8 @@ from tests.families.models import tiny_config
 from tests.helpers import READING, alpaca_rows, arc_rows, write_jsonl
 
 HERE: dict[str, Any] = {"online": lambda: False, "storage": {}}
+NO_TENSORS = (2).to_bytes(8, "little") + b"{}"
+"""A whole safetensors file, without tensors."""
 
 
 def test_a_model_here_is_read_but_not_loaded(base_folder: Path, tmp_path: Path) -> None:
@@ -115,7 +117,7 @@ def test_what_a_configuration_leaves_out_has_the_default_of_its_family(
 ) -> None:
     """As the run will build it: a forecast for other sizes than the run's would be wrong without a word."""
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "model.safetensors").write_bytes(NO_TENSORS)
     state, what, model = preview_model(str(tmp_path), None, folder=tmp_path, **HERE)
     assert state == "ok", what
     assert {name: getattr(model.architecture, name) for name in expected} == expected

@@ -32,9 +32,15 @@ TABLE: dict[str, list[tuple[str, dict[str, str]]]] = {
     ],
     "clouds": [
         ("--storage.endpoint_url=http://h --run.output=s3://bucket/x", VALID),
-        ("--storage.kms_key_id=k --run.output=gs://bucket/x --data.source=s3://bucket/a.jsonl", VALID),
-        ("--storage.kms_key_id=k", VALID),  # no cloud at all
-        ("--storage.kms_key_id=k --run.output=gs://bucket/x", {"storage.kms_key_id": "only for s3://, which this run"}),
+        (
+            "--storage.kms_key_id=k --run.output=gs://bucket/x --data.source=s3://bucket/a.jsonl",
+            {"storage.kms_key_id": "which would not be encrypted with it"},
+        ),
+        ("--storage.kms_key_id=k", {"storage.kms_key_id": "which would not be encrypted with it"}),  # a folder
+        (
+            "--storage.kms_key_id=k --run.output=gs://bucket/x",
+            {"storage.kms_key_id": "which would not be encrypted with it"},
+        ),
         (
             "--storage.request_payer=true --run.output=az://bucket/x",
             {"storage.request_payer": "does not use; remove it"},

@@ -138,7 +138,7 @@ def test_actions_that_are_none(tmp_path: Path) -> None:
     for value in ("skip", ["secret"], 5):
         record["settings"]["data.on_finding"]["value"] = value
         (found,) = check_audit(record, {FINDINGS: path})
-        assert [difference.where for difference in found.differences] == ["results.json settings data.on_finding"]
+        assert [difference.where for difference in found.differences] == ["results.json settings, JOB_DATA__ON_FINDING"]
     record["dataset"]["audit"]["left_out"] = 0
     record["dataset"]["audit"]["checks"]["secret"]["action"] = "record"
     for settings in ({}, {"data.on_finding": {"value": None}}):

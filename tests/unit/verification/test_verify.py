@@ -626,7 +626,12 @@ def test_every_part_is_checked(run: Path, check: Checker, forged: Callable[[dict
 
 def test_savings_follow_from_the_price_without_preemption(tmp_path: Path) -> None:
     """121 seconds for $1.50 an hour instead of $3 save half of it, by the settings and nothing else."""
-    run = publish_run(tmp_path / "run", {"quiz": pairs(20)}, attempts=2, settings=["--cost.on_demand_usd_per_hour=3"])
+    run = publish_run(
+        tmp_path / "run",
+        {"quiz": pairs(20)},
+        attempts=2,
+        settings=["--cost.usd_per_hour=1.5", "--cost.on_demand_usd_per_hour=3"],
+    )
     savings = json.loads((run / "results.json").read_bytes())["cost"]["savings"]
     assert savings["usd"] == pytest.approx(121 / 3600 * 1.5)
     assert savings["percent"] == pytest.approx(50)
