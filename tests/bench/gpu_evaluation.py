@@ -435,7 +435,7 @@ def main() -> None:
     parser.add_argument("--arc", type=Path, required=True)
     parser.add_argument("--train", type=Path, required=True, help="rows that examples are taken from")
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--short", action="store_true", help="questions without examples alone, in 45 s")
+    parser.add_argument("--short", action="store_true", help="questions without examples alone, in a minute")
     parser.add_argument("--asked", type=Path, help="the questions' ids, written there or read: they take 10 s")
     args = parser.parse_args()
     shape = shapes.TINY if args.tiny else shapes.MISTRAL_7B
