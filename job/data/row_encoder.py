@@ -30,6 +30,7 @@ from job.data.schemas import (
     Schema,
     audited_texts,
     check_row,
+    naming_other_schema,
     own_texts,
     render,
     repeats_prompt,
@@ -223,7 +224,7 @@ class RowEncoder:
                 return converted, None
             row = converted
         if faults := check_row(row, schema):
-            faults = with_near_names(in_conversations(faults, original), original)
+            faults = naming_other_schema(with_near_names(in_conversations(faults, original), original), row, schema)
             return list(in_own_names(faults, original, names)), None
         loss_on = self._reading.loss_on
         text = render(row, schema, template, turns=None if loss_on == "all" else loss_on)
