@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -214,11 +215,14 @@ def test_every_decision_is_in_the_index() -> None:
 
 
 def test_files_of_figures() -> None:
-    """Every file of results and every script that a figure names is there."""
-    for text in (README, BENCH):
-        names = re.findall(r"`(20[\w-]+\.(?:jsonl?|txt))`", text)
-        assert names
-        assert not [name for name in names if not (RESULTS / name).exists()]
+    """Every file of results and every script that a figure names is there, and a page or a source names every file."""
+    sources = [*PAGES, *GUIDES, ROOT / "CHANGELOG.md", *(ROOT / "job").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    named = {
+        name
+        for path in sources
+        for name in re.findall(r"\b(20\d\d-\d\d-\d\d-[\w-]+\.(?:jsonl?|txt))\b", path.read_text(encoding="utf-8"))
+    }
+    assert named == {path.name for path in RESULTS.iterdir()}
     scripts = re.findall(r"`(\w+\.py)", BENCH)
     assert scripts
     assert not [name for name in scripts if not (ROOT / "tests/bench" / name).exists()]
@@ -235,22 +239,36 @@ def test_the_figures_of_the_gpu() -> None:
     def best(what: str, key: str) -> float:
         return max(one[key] for one in found if one["what"] == what)
 
-    rows = {row[0]: row[1:] for row in re.findall(r"^\| (.+?) \| (\S+) \| (.*?) \|", README, re.MULTILINE)}
+    rows = {row[0]: row[1:] for row in re.findall(r"^\| (.+?) \| (\S.*?) \| (.*?) \|", README, re.MULTILINE)}
     rate = f"{last('buyers', 'tokens_per_second', rows='alpaca'):,.0f}"
     trl = last("plain TRL", "tokens_per_second")
     alone = (RESULTS / "2026-11-30-h200-unsloth.jsonl").read_text(encoding="utf-8").splitlines()
-    unsloth = max(one["tokens_per_second"] for one in map(json.loads, alone) if one["what"] == "unsloth")
-    peers = f"{trl:.0f} plain TRL; {unsloth:,.0f} Unsloth"
-    assert rows["training, target tokens a second, CUDA graphs captured"] == (rate, peers)
+    fastest = max(
+        (one for one in map(json.loads, alone) if one["what"] == "unsloth"), key=lambda one: one["tokens_per_second"]
+    )
+    unsloth = fastest["tokens_per_second"]
+    memory = f"{last('buyers', 'peak_gib', rows='alpaca'):.1f}"
+    trl_memory, unsloth_memory = f"{last('plain TRL', 'peak_gib'):.1f}", f"{fastest['peak_gib']:.1f}"
+    peers = f"{trl:.0f} plain TRL in {trl_memory} GiB; {unsloth:,.0f} Unsloth in {unsloth_memory} GiB"
+    assert rows["training, target tokens a second, CUDA graphs captured"] == (f"{rate} in {memory} GiB", peers)
     scores = f"{last('score', 'questions_per_second'):,.0f}"
-    hflm = f"{best('HFLM', 'questions_per_second'):.0f}"
-    assert rows["evaluation, ARC-Easy, questions a second"] == (scores, f"{hflm} lm-eval's HFLM")
+    peer = max((one for one in found if one["what"] == "HFLM"), key=lambda one: one["questions_per_second"])
+    hflm, batch = f"{peer['questions_per_second']:.0f}", peer["batch_size"]
+    assert rows["evaluation, ARC-Easy, questions a second"] == (scores, f"{hflm} lm-eval's HFLM, batches of {batch}")
     long = f"{last('long row', 'tokens_per_second', tokens=64000):,.0f}"
     assert rows["training on a row of 64,000 tokens, target tokens a second"][0] == long
-    restart = f"{last('restart', 'first_step_seconds', attempt='restarted'):.1f}"
-    assert rows["from a kill to the next step, the demo, seconds"][0] == restart
+    restart, first = (f"{last('restart', 'first_step_seconds', attempt=a):.1f}" for a in ("restarted", "killed"))
+    what = "from a process's start to its next step, the demo after a kill, seconds"
+    assert rows[what] == (restart, f"{first} the first start, which ran before it")
+    what = "from a kill to the log's `resuming`, Mistral-7B's shape on an H100, seconds"
+    assert rows[what][0] == f"{seconds_to_resume('2026-11-28-h100-job.jsonl'):.1f}"
     section = BENCH.partition("### On one GPU")[2].partition("\n### ")[0]
     assert all(f" {figure} " in section for figure in (rate, scores, hflm, long, restart))
+    assert f"| {memory} | {trl_memory} | {unsloth_memory} |" in section
+    differing = peer["questions"] - peer["same_predictions"]
+    assert (
+        f"| of HFLM's {peer['questions']} predictions, those that differ from this job's | | {differing} | |" in section
+    )
     lines = [
         json.loads(line)
         for file in ("2026-11-30-h200-placement.jsonl", "2026-11-30-h200-long-rows.jsonl")
@@ -270,10 +288,36 @@ def test_the_figures_of_the_gpu() -> None:
         assert f"| {measured:,.0f}" in BENCH
 
 
+def seconds_to_resume(name: str) -> float:
+    """From the kill of a result file's run to `resuming` in its next attempt, by the log."""
+    lines = [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
+    moments = {
+        event: datetime.fromisoformat(f"2026-01-01T{when}+00:00")
+        for line in lines
+        if line["what"] == "attempt" and line["name"] == "killed"
+        for when, event, _ in line["moments"]
+    }
+    return (moments["resuming"] - moments["JOB_FAULT fires"]).total_seconds()
+
+
+def test_the_efficiency_of_two_gpus() -> None:
+    """Every efficiency that was measured is in a table: against one GPU's speed, and against that with its share."""
+    section = BENCH.partition("### Two GPUs")[2].partition("\n### ")[0]
+    lines = (RESULTS / "2026-11-30-2xh200-processes.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [one for one in map(json.loads, lines) if one["what"] == "training"]
+    for batch in {one["batch"] for one in found}:
+        runs = [one for one in found if one["batch"] == batch]
+        shares = [one["efficiency_against_that"] for one in runs if "efficiency_against_that" in one]
+        whole = ", ".join(f"{one['efficiency']:.3f}" for one in runs)
+        assert re.search(rf"^\| .*\b{batch} rows in a step, .* \| {whole} \|$", section, re.MULTILINE), batch
+        against = ", ".join(f"{share:.3f}" for share in shares)
+        assert re.search(rf"^\| {batch} rows.*, {batch // 2} for each.* \| {against} \|$", section, re.MULTILINE), batch
+
+
 def test_the_figures_of_the_cpu() -> None:
     """The table of what was measured on a CPU is what the named file of results has."""
     section = BENCH.partition("### On a CPU")[2].partition("\n### ")[0]
-    (name,) = re.findall(r"`(\S+-cpu\.json)`", section)
+    (name,) = re.findall(r"`(\S+-cpu\.json)`\);", section)  # the table's; others are named below it
     results = json.loads((RESULTS / name).read_text(encoding="utf-8"))
     assert results["date"][:10] in section
     ratios = {row["what"]: row["ratio"] for row in results["rows"]}
@@ -281,6 +325,13 @@ def test_the_figures_of_the_cpu() -> None:
         what: cells
         for what, *cells in re.findall(r"^\| (.+?) \| (\S+) \| (\S+?)[, ].*? \| (\S+) \|$", section, re.MULTILINE)
     }
+    seconds = {row["what"]: row["ours"].removesuffix(" s") for row in results["rows"]}
+    commands = ("--help", "config", "a settings error")
+    quick = re.search(
+        r"^\| `--help`, `config`, a settings error, seconds of CPU time, best of 5 \| (.+?) \|", section, re.MULTILINE
+    )
+    assert quick is not None
+    assert quick[1] == ", ".join(seconds[command] for command in commands)
     for what, row in {
         "training, NF4, target tokens a second": "training, NF4",
         "the same": "training, NF4, beside Unsloth",

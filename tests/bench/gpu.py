@@ -852,7 +852,10 @@ def score(bench: Bench) -> None:
 
 
 def hflm(bench: Bench) -> None:
-    """lm-eval's own model on the same questions, tokenized beforehand; every choice alone."""
+    """lm-eval's own model on the same questions, tokenized beforehand; every choice alone.
+
+    Batches grow until one is slower, or out of memory. Budget: 16 s on an H200.
+    """
     from lm_eval.models.huggingface import HFLM
 
     put_away(bench)
@@ -862,26 +865,32 @@ def hflm(bench: Bench) -> None:
     ours: Sequence[Sequence[float]] = []
     if (bench.out / "scores.json").exists():
         ours = json.loads((bench.out / "scores.json").read_text())[: len(asked)]
-    for size in (64, 128) if bench.quick else ("auto", 32, 64, 128):
+    best = 0.0
+    for size in (*(() if bench.quick else ("auto", 32)), 64, 128, 256, 512):
+        speed = 0.0
         with bench.caught(f"HFLM {size}"):
             model = HFLM(
                 pretrained=base, tokenizer=shapes.tokenizer(), batch_size=size, max_length=2048, device=str(DEVICE)
             )
-            model._loglikelihood_tokens(requests[:64], disable_tqdm=True)
+            model._loglikelihood_tokens(requests[: gpu_evaluation.warmup(size)], disable_tqdm=True)
             sync()
             began = time.perf_counter()
             answers = model._loglikelihood_tokens(requests, disable_tqdm=True)
             sync()
-            seconds = time.perf_counter() - began
+            speed = len(asked) / (time.perf_counter() - began)
             bench.say(
                 "HFLM",
                 batch_size=size,
                 text=bench.texts is not None,
                 questions=len(asked),
-                questions_per_second=len(asked) / seconds,
+                questions_per_second=speed,
                 peak_gib=torch.cuda.max_memory_allocated() / 2**30 if ON_GPU else None,
                 **_agreement(asked, [a[0] for a in answers], ours),
             )
+        if size != "auto":
+            if speed <= best:
+                break  # out of memory, or slower: larger batches are not faster
+            best = speed
 
 
 def _agreement(asked: Sequence[Any], theirs: list[float], ours: Sequence[Sequence[float]]) -> dict[str, Any]:
@@ -999,7 +1008,7 @@ def long_row(bench: Bench) -> None:
 
 
 def restart(bench: Bench) -> None:
-    """Seconds from a kill to the next step: the demo on this machine, killed at a step and started again.
+    """Seconds from a process's start to its next step: the demo on this machine, killed at a step and started again.
 
     Its model is small, so this is the job's own start: imports, checks, hashes, the checkpoint. Budget: 40 s.
     """

@@ -26,6 +26,7 @@ def lines(findings: Sequence[Finding]) -> list[str]:
     alpaca, full = (_last(findings, "buyers", rows=rows) for rows in ("alpaca", "4096"))
     scores, hflm = (_best(_of_text(findings, what), what, "questions_per_second") for what in ("score", "HFLM"))
     asked = "questions" if scores is not None and scores.get("text") else "lengths"
+    batch = "" if hflm is None or "batch_size" not in hflm else f", batches of {hflm['batch_size']}"
     plain, unsloth = _last(findings, "plain TRL"), _best(findings, "unsloth", "tokens_per_second")
     long = _last(findings, "long row", full_attention=True)
     length = 64_000 if long is None else long["tokens"]
@@ -61,14 +62,15 @@ def lines(findings: Sequence[Finding]) -> list[str]:
             _get(unsloth, "peak_gib", 1),
         ),
         (
-            f"evaluation, ARC-Easy's {asked} (peer: HFLM)",
+            f"evaluation, ARC-Easy's {asked} (peer: HFLM{batch})",
             "questions/s",
             _get(scores, "questions_per_second"),
             _get(hflm, "questions_per_second"),
             MISSING,
         ),
+        ("HFLM's predictions that differ from this job's", "share", MISSING, _differing(hflm), MISSING),
         (
-            "from a kill to the next step, the demo",
+            "from a process's start to its next step, the demo after a kill",
             "s",
             _get(_last(findings, "restart", attempt="restarted"), "first_step_seconds", 1),
             MISSING,
@@ -123,6 +125,12 @@ def _best(findings: Sequence[Finding], what: str, by: str) -> Finding | None:
 
 def _get(finding: Finding | None, name: str, digits: int = 0) -> str:
     return MISSING if finding is None else _of(finding.get(name), digits)
+
+
+def _differing(hflm: Finding | None) -> str:
+    if hflm is None or "same_predictions" not in hflm:
+        return MISSING
+    return f"{hflm['questions'] - hflm['same_predictions']} of {hflm['questions']}"
 
 
 def _of(number: float | None, digits: int = 0) -> str:

@@ -20,13 +20,34 @@ def test_every_finding_is_in_the_table() -> None:
         {"what": "score", "questions_per_second": 705.0},
         {"what": "HFLM", "questions_per_second": 106.0},
         {"what": "score", "questions_per_second": 604.0, "text": True},
-        {"what": "HFLM", "questions_per_second": 97.0, "text": True},
+        {
+            "what": "HFLM",
+            "questions_per_second": 97.0,
+            "text": True,
+            "batch_size": 512,
+            "questions": 400,
+            "same_predictions": 387,
+        },
         {"what": "plain TRL", "tokens_per_second": 807.0, "peak_gib": 14.8},
         {"what": "unsloth", "way": "packed", "tokens_per_second": 4308.0, "peak_gib": 6.1},
         {"what": "restart", "attempt": "restarted", "first_step_seconds": 9.9},
     ]
     text = "\n".join(gpu_table.lines(findings))
-    for figure in ("16,001", "9,002", "15,003", "2,104", "604", "97", "807", "14.8", "4,308", "6.1", "9.9"):
+    for figure in (
+        "16,001",
+        "9,002",
+        "15,003",
+        "2,104",
+        "604",
+        "97",
+        "807",
+        "14.8",
+        "4,308",
+        "6.1",
+        "9.9",
+        "of 512",
+        "13 of 400",
+    ):
         assert figure in text
     # Of random tokens, where there are real questions; of attention with a window.
     assert not any(figure in text for figure in ("705", "106", "9,602"))

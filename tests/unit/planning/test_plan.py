@@ -110,6 +110,28 @@ def test_the_default_preset_without_a_network(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir() if path.name != "hf"] == []
 
 
+def test_the_plan_in_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """README's block, and the sentence on the default run, are what `plan` prints without a network, but for `...`."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"without a network:\n\n```\n(.*?)```", readme, re.DOTALL)
+    monkeypatch.chdir(tmp_path)  # results go to `runs` here
+    assert main(["plan", "--run.id", "my-first-run"]) == 0
+    printed = capsys.readouterr().out
+    shown = [line for line in block.splitlines() if line != "..."]
+    assert len(shown) >= 7
+    assert [line for line in shown if line not in printed.splitlines()] == []
+    (memory,) = re.findall(r"^peak in training +(\S+ GiB)", printed, re.MULTILINE)
+    (disk,) = re.findall(r"about (\S+ GiB) are needed", printed)
+    (hours,) = re.findall(r"^L4 .* (0\.\d\d) +\d+\.\d\d +\d+\.\d\d +g6", printed, re.MULTILINE)
+    told = re.search(
+        r"needs (\S+ GiB) of GPU memory and (\S+ GiB) of disk.*?takes (\d+) minutes on an L4", readme, re.DOTALL
+    )
+    assert told is not None
+    assert told.groups() == (memory, disk, f"{60 * float(hours):.0f}")
+
+
 def test_a_run_without_a_name_is_called_a_new_one() -> None:
     """An id that was generated for the plan is not that of any run."""
     assert place_of_run(load_settings(["--run.output=out/"], {})) == "a new run in out"
