@@ -187,7 +187,10 @@ class UnfitMachine(JobError):
 
 
 class Stalled(JobError):
-    """The watchdog ended a job that made no progress. A restart resumes it, but may stall again, so it counts."""
+    """A job that made no progress was ended by the watchdog, or by the processes that waited for a stopped process 0.
+
+    A restart resumes it, but may stall again, so it counts.
+    """
 
     exit_code = 74
     meaning = "no progress for too long; a restart resumes the run"

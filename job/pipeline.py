@@ -35,12 +35,12 @@ from job.results.baseline import check_prompts, warn_of_other_dtype
 from job.results.completed import require_gate
 from job.runs.attempt import Attempt
 from job.runs.layout import BASE, PACKING, Stage
-from job.runs.run_settings import keep_settings
+from job.runs.run_settings import write_settings
 from job.runs.stage_records import require_same_inputs
 from job.settings.load import Settings
 from job.settings.training_stages import settings_renamed_in_errors, split_stages
 from job.stages.handoff import Loaded, Sources
-from job.stages.publish import publish
+from job.stages.publish import StageResults, publish
 from job.stages.pull import pull
 from job.stages.pull_audit import publish_findings
 from job.start_and_end import ProcessContext, check_before_lease, deliver_and_push, deliver_if_complete, next_attempt
@@ -90,7 +90,7 @@ def _run_training_stage(
     done = deliver_if_complete(settings, delivery, processes, context.check_stop)
     if done is not None:
         return done
-    processes.share("inputs", lambda: check_before_lease(settings, later, processes.place.world_size))
+    processes.broadcast("inputs", lambda: check_before_lease(settings, later, processes.place.world_size))
     with next_attempt(settings, context, last=not later) as attempt:
         with attempt.timed(Stage.PULL):
             sources = pull(attempt, settings, later)
@@ -110,7 +110,7 @@ def _run_training_stage(
             )
         attempt.on_results(results)
     # The others wait: a process that is left alone is ended after the grace period.
-    processes.share(
+    processes.broadcast(
         "handed over", lambda: deliver_and_push(settings, attempt.store, results, delivery, context.check_stop)
     )
     return require_gate(results)
@@ -133,7 +133,7 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
     attempt.identify(sources.record)
     attempt.loading = True
     attempt.note("running")  # nothing is noted while loading: if the kernel kills it for its memory, this is the record
-    trained = settings.export.run is not None or attempt.processes.share(
+    trained = settings.export.run is not None or attempt.processes.broadcast(
         "whether the adapter is trained", lambda: attempt.is_done(Stage.TRAIN, Trained)
     )
     loaded = load(
@@ -151,7 +151,7 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
         from job.stages.export_check import check_export
 
         exports = check_export(attempt, settings.export, settings.gate.on, sources.original, loaded)
-    attempt.processes.share(
+    attempt.processes.broadcast(
         "disk of the results",
         lambda: check_output_disk(
             attempt,
@@ -173,12 +173,12 @@ def _load(attempt: Attempt, settings: Settings, sources: Sources) -> Loaded:
 
 def _record_inputs(attempt: Attempt, sources: Sources, loaded: Loaded) -> None:
     """Records what the run begins with, before the record of the pull says that it has begun."""
-    keep_settings(attempt.store, attempt.settings)
+    write_settings(attempt.store, attempt.settings)
     publish_findings(attempt, sources)
     attempt.settled = True
     for name, record in ((PACKING, loaded.packing), (BASE, loaded.kept_base)):
         if attempt.recorded(name, type(record)) is None:  # once, and again if the record is damaged
-            attempt.keep(name, json.dumps(asdict(record)))
+            attempt.write_record(name, json.dumps(asdict(record)))
 
 
 @memory_errors("evaluating the base model", "lower JOB_EVAL__BATCH_TOKENS")
@@ -256,17 +256,14 @@ def _publish(
 ) -> dict[str, Any]:
     with attempt.timed(Stage.PUBLISH):
         gpus = [gpu for seen in attempt.processes.gather("gpus", host.hardware()["gpus"]) for gpu in seen]
-        return attempt.processes.share(
+        return attempt.processes.broadcast(
             "results",
             lambda: publish(
                 attempt,
                 settings,
                 sources,
+                StageResults(base=base, trained=trained, adapter=adapter, exported=exported),
                 model=loaded.record,
-                base=base,
-                trained=trained,
-                adapter=adapter,
-                exported=exported,
                 gpus=gpus,
             ),
         )

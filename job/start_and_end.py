@@ -100,7 +100,7 @@ def deliver_if_complete(
     """
     agree_on_settings(processes, common_settings(plain_values(settings)))
     with given_settings_renamed_in_errors(settings):
-        return processes.share("results of before", lambda: _deliver_if_complete(settings, delivery, check_stop))
+        return processes.broadcast("results of before", lambda: _deliver_if_complete(settings, delivery, check_stop))
 
 
 def _deliver_if_complete(

@@ -23,7 +23,7 @@ class First(Alone):
     def __init__(self) -> None:
         self.told: dict[str, Any] = {}
 
-    def share(self, name: str, value: Callable[[], T]) -> T:
+    def broadcast(self, name: str, value: Callable[[], T]) -> T:
         """Calls `value` and keeps the result."""
         found = value()
         self.told[name] = found
@@ -40,7 +40,7 @@ class Second(Alone):
         if same_machine:
             self.place = Place(rank=1, world_size=2, local_rank=1, local_world_size=2)
 
-    def share(self, what: str, value: Callable[[], Any]) -> Any:
+    def broadcast(self, what: str, value: Callable[[], Any]) -> Any:
         """What process 0 found out."""
         return self._told[what]
 
@@ -64,5 +64,5 @@ def make_attempt(folder: Path, records: Mapping[str, Any] | None = None, **field
     )
     for name, record in (records or {}).items():
         if record is not None:
-            attempt.keep(name, adapter_of(type(record)).dump_json(record).decode())
+            attempt.write_record(name, adapter_of(type(record)).dump_json(record).decode())
     return attempt

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -137,28 +137,36 @@ def evidence(**tasks: Sides) -> ReportData:
     return ReportData(metrics, tasks)
 
 
-def results(found: ReportData, arguments: Sequence[str] = (), **changes: Any) -> dict[str, Any]:
-    """The manifest of a run with these answers, settings and changed records; nothing is published yet."""
+def results(
+    found: ReportData, arguments: Sequence[str] = (), run_id: str = "example", **changes: Any
+) -> dict[str, Any]:
+    """The manifest of a run with these answers, settings and changed records; nothing is published yet.
+
+    `changes` are those of `build`, and of the sections `run` and `evaluation`.
+    """
     tasks = comparison.compare_tasks(
         *({task: _scores(task, sides[side]) for task, sides in found.answers.items()} for side in (0, 1))
     )
+
+    def changed(section: type) -> dict[str, Any]:
+        return {one.name: changes.pop(one.name) for one in fields(section) if one.name in changes}
+
+    run = {"id": run_id, "attempts": ATTEMPTS, "finished": "2026-01-05T10:17:00.000Z"}
     built = manifest.build(
+        run=manifest.RunSection(**{**run, **changed(manifest.RunSection)}),
+        evaluation=manifest.EvaluationSection(**{"tasks": tasks, **changed(manifest.EvaluationSection)}),
         **{
-            "run_id": "example",
             "settings": redacted(load_settings(["--run.id", "example", *arguments], {})),
-            "attempts": ATTEMPTS,
-            "finished": "2026-01-05T10:17:00.000Z",
             "model": MODEL,
             "dataset": DATASET,
             "training": TRAINING,
-            "tasks": tasks,
             "gate": comparison.evaluate_gate(tasks, metric="acc", min_delta=None, max_regression=None),
             "artifacts": [],
             "evidence": [],
             "image_digest": None,
             "on_demand_usd_per_hour": None,
             **changes,
-        }
+        },
     )
     manifest.validate(built)
     return built

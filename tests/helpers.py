@@ -32,6 +32,11 @@ READING: dict[str, Any] = {
 """Arguments of `load_examples` and `load_rows` that most tests leave alone; the tokenizer is missing."""
 
 
+def tokens_of(examples: Iterable[Example]) -> int:
+    """Tokens of all examples together."""
+    return sum(len(example.input_ids) for example in examples)
+
+
 def make_base(folder: Path) -> None:
     """Writes a random Mistral (2 layers, grouped heads) and a byte-level tokenizer that knows a few words.
 

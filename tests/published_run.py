@@ -132,23 +132,22 @@ def publish_run(
         key = f"stages/{name}.json"
         store.write(key, stage_records.render(key, json.dumps(asdict(found)), run, attempts))
     store.write("scores/0123/kept.jsonl", b"{}\n")
-    tasks = compare_tasks(base.scores, adapter.scores)
     against, copies = baseline(store, adapter) if baseline else (None, [])
     on_merged = chosen.gate.on == "merged" and exported
     judged = exports.exports[0].scores[exports.exports[0].candidate] if on_merged else adapter.scores
     results = manifest.build(
-        run_id=folder.name,
+        run=manifest.RunSection(id=folder.name, attempts=ledger, finished="2026-01-05T10:00:00Z"),
         settings=redacted(chosen),
-        attempts=ledger,
-        finished="2026-01-05T10:00:00Z",
         model=model,
         dataset=dataset,
         training=trained.training,
-        tasks=tasks,
-        groups=compare_groups(groups or {}, base, adapter),
+        evaluation=manifest.EvaluationSection(
+            tasks=compare_tasks(base.scores, adapter.scores),
+            groups=compare_groups(groups or {}, base, adapter),
+            full_precision=manifest.full_precision_record(base, adapter.scores),
+            near_ties=compare_near_ties(base.scores, adapter.scores, model.dtype),
+        ),
         exports=manifest.exports_record(exports, base, adapter.scores),
-        full_precision=manifest.full_precision_record(base, adapter.scores),
-        near_ties=compare_near_ties(base.scores, adapter.scores, model.dtype),
         gate=evaluate_gate(
             compare_tasks(base.scores, judged),
             **chosen.gate.model_dump(exclude={"baseline", "policy"}),
@@ -321,7 +320,7 @@ def _trained(store: LocalStore, work: Path, attempts: int, run: str, *, validate
             best = {"model.q_proj.lora_A.default.weight": torch.full((3, 4), 2.0)}
             write_validations(state, validations[: 1 + step // 2], best if step == STEPS else None)
         epoch = attempts if step == STEPS else 1
-        checkpoint_store.publish(store, state, step, checkpoint_store.MarkerFields(epoch, 1, host.software(), run))
+        checkpoint_store.commit(store, state, step, checkpoint_store.MarkerFields(epoch, 1, host.software(), run))
     if validated:
         weights = np.full((3, 4), 2, dtype=np.float32)
     save_file({"model.q_proj.lora_A.weight": weights}, work / "adapter", {"format": "pt"})

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from job.cli.arguments import COMMANDS, usage
+from job.cli.arguments import COMMANDS
+from job.cli.help_text import usage
 from job.data.formats import Row
 from job.data.schemas import SCHEMAS, SFT_SCHEMAS, check_row, detect_schema
 from job.errors import environment_name, exit_codes

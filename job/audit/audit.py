@@ -13,6 +13,7 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import get_type_hints
 
 from job.audit.overlap import MOST_ROWS, SHARE, OverlapHits
 from job.audit.rows import AuditedRow, AuditSetup
@@ -54,6 +55,9 @@ class Finding:
     def line(self) -> str:
         """As JSON, without what does not apply."""
         return json.dumps({name: value for name, value in vars(self).items() if value is not None}) + "\n"
+
+
+_TYPES = get_type_hints(Finding)
 
 
 @dataclass
@@ -313,9 +317,12 @@ def parse_findings(data: bytes) -> list[Finding]:
     findings = []
     for number, line in enumerate(data.splitlines(), start=1):
         try:
-            findings.append(Finding(**json.loads(line)))
-            if findings[-1].kind not in KINDS:
-                raise ValueError("no kind of finding")  # noqa: TRY301 - told with the line, as all else
+            finding = Finding(**json.loads(line))
+            if wrong := [name for name, kind in _TYPES.items() if not isinstance(getattr(finding, name), kind)]:
+                raise TypeError(f"{wrong[0]} has another type")  # noqa: TRY301 - told with the line, as all else
+            if finding.kind not in KINDS:
+                raise ValueError("no kind of finding")  # noqa: TRY301 - see above
+            findings.append(finding)
         except (TypeError, ValueError) as error:
             raise ValueError(f"line {number}: {str(error)[:200]}") from None
     return findings

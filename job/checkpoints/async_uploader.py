@@ -26,18 +26,18 @@ _POLL_SECONDS = 0.5
 
 
 class AsyncUploader:
-    """Hands checkpoints to `publish`, one at a time, in another thread. For one training thread to use.
+    """Hands checkpoints to `commit`, one at a time, in another thread. For one training thread to use.
 
     Args:
-        publish: Uploads the folder of a step; raises the error that the run is to end with.
+        commit: Uploads the folder of a step and commits it; raises the error that the run is to end with.
         seconds_left: Returns how many more seconds to wait for the upload under way when an exception leaves the
             `with` block. Called repeatedly while waiting, because a signal may shorten the time.
     """
 
     def __init__(
-        self, publish: Callable[[Path, int], None], *, seconds_left: Callable[[], float] = lambda: math.inf
+        self, commit: Callable[[Path, int], None], *, seconds_left: Callable[[], float] = lambda: math.inf
     ) -> None:
-        self._publish = publish
+        self._commit = commit
         self._seconds_left = seconds_left
         self._upload: Future[None] | None = None
         self._seconds: deque[float] = deque(maxlen=_DURATIONS_KEPT)
@@ -50,10 +50,10 @@ class AsyncUploader:
         return tuple(self._seconds)
 
     def submit(self, folder: Path, step: int) -> None:
-        """Publishes a finished checkpoint, whose folder is deleted when that is done; waits for the one before.
+        """Commits a finished checkpoint, whose folder is deleted when that is done; waits for the one before.
 
         Raises:
-            Exception: What the upload of an earlier one failed with. Nothing is published after a failure.
+            Exception: What the upload of an earlier one failed with. Nothing is committed after a failure.
         """
         self.finish()
         # No daemon: a process that ends early still waits for an upload that is under way.
@@ -65,7 +65,7 @@ class AsyncUploader:
             self._upload.result()
 
     def finish(self, timeout: float | None = None) -> bool:
-        """Waits until what was submitted is published.
+        """Waits until what was submitted is committed.
 
         Args:
             timeout: Seconds to wait at most; None for as long as the store's own time limits allow.
@@ -107,6 +107,6 @@ class AsyncUploader:
 
     def _run(self, folder: Path, step: int) -> None:
         began = time.monotonic()
-        self._publish(folder, step)
+        self._commit(folder, step)
         self._seconds.append(time.monotonic() - began)
         shutil.rmtree(folder, ignore_errors=True)

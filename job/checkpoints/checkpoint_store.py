@@ -51,8 +51,8 @@ class MarkerFields:
     run: str | None = None
 
 
-def publish(store: ObjectStore, folder: Path, step: int, writer: MarkerFields) -> None:
-    """Uploads the files of `folder`, then the marker. An attempt publishes a step once.
+def commit(store: ObjectStore, folder: Path, step: int, writer: MarkerFields) -> None:
+    """Uploads the files of `folder`, then the marker. An attempt commits a step once.
 
     Raises:
         Replaced: Another attempt took the run over.
@@ -106,7 +106,7 @@ def prune(
             _delete(store, step, names)
 
 
-def publisher(
+def make_committer(
     store: ObjectStore,
     writer: MarkerFields,
     *,
@@ -127,15 +127,15 @@ def publisher(
     """
     committed: dict[int, float] = {}
 
-    def publish_and_prune(folder: Path, step: int) -> None:
+    def commit_and_prune(folder: Path, step: int) -> None:
         began = time.monotonic()
-        publish(store, folder, step, writer)
+        commit(store, folder, step, writer)
         now = committed[step] = time.monotonic()
         fresh = [step for step, when in committed.items() if now - when < settle_seconds]
         prune(store, keep, own_steps=committed.keys(), verified=verified, fresh=fresh)
         on_committed(step, time.monotonic() - began)
 
-    return publish_and_prune
+    return commit_and_prune
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from job import log
 from job.common.out_of_memory import give_back_reserve, out_of_memory, print_one_line, ran_out
-from job.errors import JobError, NoProgress, Preempted
+from job.errors import JobError, NoProgress, Preempted, TrainingFailed
 from job.platforms.detect import Platform
 from job.settings.load import current_place, secrets
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 FAILURE_CHARACTERS = 1024
 TERMINATION_BYTES = 4096
+_NO_THREAD = ("can't start new thread", "unable to start watchdog thread")
+"""What Python says where the system starts no more threads, and what faulthandler says."""
 _AT_WORK = ("the command was at work", "lower JOB_TRAIN__MAX_LENGTH or JOB_EVAL__BATCH_TOKENS")
 """What is said of memory that runs out where nothing closer is known, and what to lower."""
 
@@ -32,6 +34,9 @@ def translated(error: Exception) -> Exception:
         number = int(found[1])
         if is_of_the_machine(by_number := OSError(number, os.strerror(number))):
             error = by_number
+    if isinstance(error, BlockingIOError) or (isinstance(error, RuntimeError) and str(error) in _NO_THREAD):
+        what = "the system starts no more threads or processes: memory is used up, or the limit of their number"
+        return TrainingFailed(f"{what} (ulimit -u, ulimit -v, pids.max of the container); raise it ({error})")
     if not isinstance(error, JobError) and out_of_memory(error):
         return ran_out(*_AT_WORK, error)
     if is_of_the_machine(error):
@@ -72,7 +77,7 @@ def _log(error: Exception, code: int) -> None:
     elif isinstance(error, JobError):
         # A run on spot machines is preempted as a matter of course: no alert on errors should go off.
         say = logger.warning if isinstance(error, Preempted) else logger.error
-        say(type(error).__name__, exit_code=code, meaning=error.meaning, **_details(error))
+        say(type(error).__name__, exit_code=code, meaning=error.meaning, **_details(error), **_resume_with(error))
     else:
         logger.error("a bug: please report it with this traceback", exit_code=code, exc_info=error)
 
@@ -103,6 +108,13 @@ def _details(error: JobError) -> dict[str, Any]:
     found = {"problems": [str(problem) for problem in problems], "total": getattr(error, "total", len(problems))}
     advice = getattr(error, "advice", "")
     return {**found, "advice": advice} if advice else found
+
+
+def _resume_with(error: JobError) -> dict[str, str]:
+    """What resumes the run: its id may have been generated, and a terminal shows it in the first line only."""
+    run = log.context()
+    begun = error.retry != "no" and "attempt" in run and "run" in run
+    return {"resume_with": f"JOB_RUN__ID={run['run']}"} if begun else {}
 
 
 def _write_failure_file(path: Path | None, message: str) -> None:

@@ -8,8 +8,9 @@ from difflib import get_close_matches
 from importlib import import_module
 
 from job import __version__, log
-from job.cli.arguments import COMMANDS, command_help, settings_help, shown_commands, usage, words_without_help
+from job.cli.arguments import COMMANDS
 from job.cli.error_report import report, translated
+from job.cli.help_text import command_help, settings_help, shown_commands, usage, words_without_help
 from job.cli.library_variables import configure_azure, take_secret_files
 from job.cli.output import print_text
 from job.common.interrupt import was_interrupted
@@ -45,10 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _dispatch(argv: list[str]) -> int:
     if argv and argv[0] in {*HELP, "help"}:
         return print_text(_help(argv[1:], argv[0]))
-    if argv and argv[0] == "--version":
+    if argv and argv[0] in {"--version", "version"}:
         return print_text(f"qlora-job {__version__}\n")
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         near = "".join(f"; the nearest is {name}" for name in get_close_matches(argv[0], COMMANDS, n=1))
+        if argv[0].lower().endswith((".yaml", ".yml", ".toml")):
+            near = f"; give a settings file as --config {shown(argv[0])}"
         raise SettingsError(
             [Problem(shown(argv[0]), f"is not a command{near}; commands are {', '.join(shown_commands())}")]
         )

@@ -12,7 +12,7 @@ from job.cli.error_report import report_late, report_to_platform
 from job.cli.library_variables import configure_libraries, hide_all_gpus, hide_other_gpus, share_cpus
 from job.common import garbage_collection
 from job.common.out_of_memory import memory_errors
-from job.distributed.early_end import publishing_early_end
+from job.distributed.early_end import announcing_early_end
 from job.distributed.launcher import Machine, check_signals, count_processes, launch, recorded_signals, worker_command
 from job.distributed.ranks import Place, find_machines
 from job.errors import Problem, SettingsError, Stalled
@@ -40,7 +40,7 @@ def run_command(argv: Sequence[str]) -> int:
         JobError: As the job or its launcher ends.
     """
     with recorded_signals() as received:
-        with publishing_early_end(lambda: known_place(argv) or _several_machines(known_machine(argv)), received):
+        with announcing_early_end(lambda: known_place(argv) or _several_machines(known_machine(argv)), received):
             settings = load_settings(argv, of_run=settings_of_run)
             place = current_place()
             _configure_log(settings, place)
@@ -113,7 +113,7 @@ def _launch(settings: Settings, argv: Sequence[str]) -> int | None:
     """Starts this machine's processes and returns their exit code; None if one process is enough, which is this one."""
     run = settings.run
     with recorded_signals() as signals:
-        telling = publishing_early_end(lambda: _several_machines(settings), signals)
+        telling = announcing_early_end(lambda: _several_machines(settings), signals)
         with telling, current_platform().machine_checks():
             processes = count_processes(run.processes)
         share_cpus(processes)

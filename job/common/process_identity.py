@@ -41,10 +41,15 @@ def this_process() -> ProcessIdentity | None:
     return ProcessIdentity(boot, namespaces, pid, started) if pid == os.getpid() else None
 
 
+def is_visible(process: ProcessIdentity) -> bool:
+    """Whether the process is or was on the same kernel and in the same namespaces, so that its process id means it."""
+    own = this_process()
+    return own is not None and (own.boot, own.namespaces) == (process.boot, process.namespaces)
+
+
 def has_ended(process: ProcessIdentity) -> bool:
     """Whether the process has certainly ended; False also where this process cannot know, as on another machine."""
-    own = this_process()
-    if own is None or (own.boot, own.namespaces) != (process.boot, process.namespaces):
+    if not is_visible(process):
         return False
     try:
         os.kill(process.pid, 0)  # sends nothing; /proc may hide the processes of other users

@@ -10,7 +10,7 @@ _NAME = r"sig|(?:[\w-]+[-_])?signature|[\w-]*security-?token"
 _SIGNATURE = re.compile(rf"[?&;#](?:{_NAME})=([^&\s\"']*)", re.IGNORECASE)
 _QUERY = re.compile(r"[?&;#]|%(25)*(3F|26|3B|23)", re.IGNORECASE)
 # s3://key:secret@bucket, as other programs take it. An address of http:// is never where a run, model or data is.
-_LOGIN = re.compile(r"\b(?!https?:)[a-z][a-z0-9+.-]*://[^/\s@:,]+:[^\s]*@", re.IGNORECASE)
+_LOGIN = re.compile(r"\b(?!https?:)[a-z][a-z0-9+.-]*://[^/\s@:,]*:[^\s]*@", re.IGNORECASE)
 _PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY|\"private_key\"")
 # JSON, also as base64, which a web token is, too; a key in DER as base64.
 _ENCODED = re.compile(r"\s*(\{|(eyJ|ewo|ew0)[\w+/=.-]{20}|MII[\w+/=]{200})")

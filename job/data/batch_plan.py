@@ -37,7 +37,7 @@ def batch(seed: int, rows: int, global_batch_size: int, step: int) -> tuple[int,
     return epoch_order(seed, rows, epoch)[start : start + global_batch_size]
 
 
-def shares(lengths: Sequence[int], processes: int) -> list[list[int]]:
+def assign(lengths: Sequence[int], processes: int) -> list[list[int]]:
     """Assigns the examples of a step to processes: the longest first, each to the process with the fewest tokens.
 
     Args:
@@ -53,7 +53,7 @@ def shares(lengths: Sequence[int], processes: int) -> list[list[int]]:
         least, process = tokens[0]
         dealt[process].append(index)
         heapreplace(tokens, (least + lengths[index], process))
-    return [sorted(share) for share in dealt]
+    return [sorted(positions) for positions in dealt]
 
 
 def without_divided(lengths: Sequence[int], above: int | None) -> tuple[list[int], list[int]]:
@@ -117,17 +117,17 @@ class Steps:
         examples = self.of(step)
         return [examples[i] for i in without_divided(lengths_of(examples), self.divided_above)[0]]
 
-    def share(self, step: int) -> list[Example]:
-        """This process's share of the others."""
+    def assigned(self, step: int) -> list[Example]:
+        """Those of the others that this process computes."""
         examples = self.of(step)
         others = [examples[i] for i in without_divided(lengths_of(examples), self.divided_above)[1]]
-        mine = shares(lengths_of(others), self.world_size)[self.rank]
+        mine = assign(lengths_of(others), self.world_size)[self.rank]
         return [others[i] for i in mine]
 
     def micro_batches(self, step: int, budget: int) -> list[list[Example]]:
-        """This process's share of a step, cut by a budget of tokens."""
-        share = self.share(step)
-        return [[share[i] for i in group] for group in micro_batches([len(e.input_ids) for e in share], budget)]
+        """The examples of a step that this process computes alone, cut by a budget of tokens."""
+        mine = self.assigned(step)
+        return [[mine[i] for i in group] for group in micro_batches([len(e.input_ids) for e in mine], budget)]
 
     def sequences(self, budget: int, longest: int | None = None) -> list[tuple[int, int]]:
         """Tokens and number of examples of every packed sequence that any process has in any step.
@@ -141,8 +141,8 @@ class Steps:
         for step in range(self.total):
             rows = batch(self.seed, len(lengths), self.global_batch_size, step)
             rows = tuple(rows[i] for i in without_divided([lengths[row] for row in rows], self.divided_above)[1])
-            for share in shares([lengths[row] for row in rows], self.world_size):
-                mine = [rows[i] for i in share]
+            for positions in assign([lengths[row] for row in rows], self.world_size):
+                mine = [rows[i] for i in positions]
                 for group in micro_batches([lengths[row] for row in mine], budget):
                     parts: dict[float, list[int]] = {}
                     for i in group:
@@ -157,11 +157,6 @@ class Steps:
     def epoch(self, step: int) -> float:
         """How many epochs the first `step` steps are."""
         return step / steps_per_epoch(len(self.examples), self.global_batch_size)
-
-
-def tokens_of(examples: Sequence[Example]) -> int:
-    """Tokens of all of them."""
-    return sum(len(example.input_ids) for example in examples)
 
 
 def by_weight(examples: Sequence[Example]) -> list[tuple[Sequence[Example], float]]:

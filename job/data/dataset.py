@@ -20,7 +20,15 @@ from job.common.methods import METHODS, MethodName
 from job.common.source_list import Source
 from job.data.bad_rows import BadRows, OnBadRow
 from job.data.collect_examples import CollectedExamples, Collector, SourceReader
-from job.data.dataset_checks import check_ends, check_settings, check_tokenizer, note_date, note_unexpected
+from job.data.dataset_checks import (
+    check_ends,
+    check_settings,
+    check_tokenizer,
+    note_date,
+    note_equal_weights,
+    note_unexpected,
+    note_unused_split,
+)
 from job.data.examples import Examples, ExampleWriter
 from job.data.field_names import schemas_with
 from job.data.formats import Lines
@@ -120,6 +128,8 @@ def load_examples(
     reader = SourceReader(revision=revision, split=split, field_names=names, note=note, check_stop=check_stop)
     bad_rows = BadRows(on_bad_row, skip_long=on_long_row == "skip")
     first = reader.open(sources[0])
+    if len(sources) == 1 and not first.chosen_by_split:
+        note_unused_split(note, split, name)
     among = schemas_with(names, METHODS[method].schemas, FIELDS)
     schema, rows = settle_schema(first.rows, reader.decode, schema, bad_rows, name, method=method, among=among)
     templated, rows = _uses_template(schema, rows, reader)
@@ -166,6 +176,8 @@ def load_examples(
             check_ends(note, collected.ends, tokenizer, name)
         note_unexpected(note, collected, name, schema, limit)
     examples = writer.examples()
+    if row_weights:
+        note_equal_weights(note, examples.weights, name)
     if schema == "unpaired_preference" and pair:
         examples = paired(examples, [range(len(examples))], seed, max_length, file)
     by_split = last.commit or last.chosen_by_split or any(record.revision for record in records)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from job.data.chat_template import uses_date
@@ -13,6 +13,8 @@ from job.data.preferences import SIDES
 from job.data.schemas import Schema
 from job.data.tokenization import LossOn, OnLongRow
 from job.errors import DataError, Problem, SettingsError
+
+_DEFAULT_SPLITS = ("train", "validation")
 
 
 def check_tokenizer(tokenizer: Any, name: str, *, templated: bool) -> None:
@@ -109,6 +111,32 @@ def note_unexpected(note: Notes, collected: CollectedExamples, name: str, schema
             source=name,
             label=label,
         )
+
+
+def note_unused_split(note: Notes, split: str, name: str) -> None:
+    """Warns that a split that somebody must have set chooses none of a source's rows, because it has no splits.
+
+    Args:
+        note: Takes the warning.
+        split: `JOB_DATA__SPLIT`, or that of the validation rows.
+        name: The source.
+    """
+    if split not in _DEFAULT_SPLITS:
+        what = f"the split {split} has no effect: the source has no splits, and all its rows are used"
+        note("warning", what, source=name, change="remove the setting, or name the file of these rows")
+
+
+def note_equal_weights(note: Notes, weights: Iterable[float], name: str) -> None:
+    """Warns that JOB_DATA__ROW_WEIGHTS changes nothing, as where the field has another name than `weight`.
+
+    Args:
+        note: Takes the warning.
+        weights: Of the rows.
+        name: The source.
+    """
+    if all(weight == 1 for weight in weights):
+        what = "JOB_DATA__ROW_WEIGHTS has no effect: no row has a field weight other than 1"
+        note("warning", what, source=name, change="JOB_DATA__FIELDS=weight=..., or remove the setting")
 
 
 def _note_unused(note: Notes, unused: Counter[str], name: str, schema: Schema) -> None:

@@ -36,7 +36,6 @@ from job.records import Example, PromptRow
 MAX_PROMPTS = 1000
 """They are answered one token at a time, twice, and read by people."""
 TEXT = ".txt"
-_SETTING = "JOB_EVAL__PROMPTS"
 _SHOWN = 20
 _MAX_TEXT_BYTES = 64 << 20
 _ANSWERS = ("output", "completion", "chosen")

@@ -214,7 +214,8 @@ def _find_file(path: Path, source: str) -> Path:
     if path.is_dir():
         return _only_file(path, source)
     if not path.exists():
-        raise DataError([Problem(source, "does not exist; correct the path")])
+        below = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise DataError([Problem(source, f"does not exist{below}; correct the path")])
     if not path.is_file():  # opening a FIFO would block forever
         raise DataError([Problem(source, "is not a regular file; name a file on the disk")])
     if (what := _foreign(path.name)) is not None:

@@ -37,6 +37,7 @@ from job.data.schemas import (
     Schema,
     audited_texts,
     check_row,
+    naming_other_schema,
     own_texts,
     render,
     repeats_prompt,
@@ -231,6 +232,7 @@ class RowEncoder:
             row = converted
         if faults := check_row(row, schema):
             faults = with_near_names(_in_original(faults, original), original, schema, names)
+            faults = naming_other_schema(faults, row, schema)
             return list(in_own_names(faults, original, names)), None
         loss_on, of_prompt = self._reading.loss_on, 0
         if schema == "messages":

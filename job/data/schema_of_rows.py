@@ -9,16 +9,18 @@ from job.common.methods import METHODS, MethodName, methods_for
 from job.data.bad_rows import FIELDS_SETTING, BadRows
 from job.data.formats import Line, Lines, Row, RowError
 from job.data.prompt_messages import has_prompt_messages
-from job.data.schemas import REQUIRED, Schema, detect_schema, fits, nearest_field, usual_name
+from job.data.schemas import REQUIRED, Schema, detect_schema, has_required, nearest_field, usual_name
 from job.errors import DataError, Problem
 
 
 def other_schema(row: Row | None, schema: Schema, among: Collection[str]) -> Schema | None:
     """The schema that the first row of a further source has where it is not that of the first source."""
-    if row is None or fits(row.fields, schema):
+    if row is None or has_required(row.fields, schema):
         return None
     detected = detect_schema(row.fields, among)
-    return detected if detected not in {None, schema} and detected is not None and fits(row.fields, detected) else None
+    if detected is None or detected == schema or not has_required(row.fields, detected):
+        return None
+    return detected
 
 
 def settle_schema(
@@ -45,7 +47,7 @@ def settle_schema(
         if isinstance(row, RowError):
             findings.add([row])
         elif (detected := detect_schema(row.fields, among)) and (
-            fits(row.fields, detected) or not _others(row, method)
+            has_required(row.fields, detected) or not _others(row, method)
         ):
             return detected, chain([line], rows)
         else:
@@ -57,16 +59,18 @@ def settle_schema(
 def _others(row: Row, method: MethodName) -> str | None:
     """The methods that this row is complete for, in words; None if there are none."""
     other = detect_schema(row.fields, REQUIRED.keys() - set(METHODS[method].schemas))
-    return " or ".join(methods_for(other)) if other and fits(row.fields, other) else None
+    return " or ".join(methods_for(other)) if other and has_required(row.fields, other) else None
 
 
 def _why_no_schema(row: Row, among: Collection[str], method: MethodName) -> str:
     """What a row has that fits no schema of the method, and what it may be meant for."""
     fields = ", ".join(map(ascii, row.fields)) or "none"
     if others := _others(row, method):
+        own = [schema for schema in REQUIRED if schema in METHODS[method].schemas]
+        rows = f", or give rows with the fields {', '.join(REQUIRED[own[0]])}" if len(own) == 1 else ""
         return (
             f"has the fields {fields}, from which JOB_TRAIN__METHOD={method} does not learn; "
-            f"set JOB_TRAIN__METHOD={others}"
+            f"set JOB_TRAIN__METHOD={others}{rows}"
         )
     schemas = "; ".join(f"{schema}: {', '.join(REQUIRED[schema])}" for schema in REQUIRED if schema in among)
     wanted = dict.fromkeys(field for schema in REQUIRED if schema in among for field in REQUIRED[schema])

@@ -123,12 +123,12 @@ def detect_schema(fields: dict[str, Any], among: Collection[str] = SFT_SCHEMAS) 
     known = [schema for schema in SCHEMAS if schema in among]
     if is_sharegpt(fields):
         fields = {**fields, "messages": None}
-    whole = (schema for schema in known if fits(fields, schema))
+    whole = (schema for schema in known if has_required(fields, schema))
     half = (schema for schema in known if any(field in fields for field in REQUIRED[schema]))
     return next(whole, None) or next(half, None)
 
 
-def fits(fields: Mapping[str, Any], schema: Schema) -> bool:
+def has_required(fields: Mapping[str, Any], schema: Schema) -> bool:
     """Whether a row has all required fields of a schema. Lists of messages as prompt and completion are messages."""
     if has_prompt_messages(fields) and schema in {"prompt_completion", "messages"}:
         return schema == "messages"
@@ -203,6 +203,22 @@ def usual_name(field: str, fields: Iterable[str]) -> str | None:
     """The field of a row that is likely meant for a field of ours; None if there is none."""
     by_name = {name.lower(): name for name in fields}
     return next((by_name[name] for name in _USUAL_NAMES.get(field, ()) if name in by_name), None)
+
+
+def naming_other_schema(faults: Sequence[RowError], row: Row, schema: Schema) -> list[RowError]:
+    """The faults of a row; for a row of another schema, one that says so in place of one for each missing field."""
+    if any(fault.kind != "missing_field" for fault in faults) or any(field in row.fields for field in REQUIRED[schema]):
+        return list(faults)
+    alike = [
+        one
+        for one in SCHEMAS
+        if (one in SIDES) == (schema in SIDES) and one != schema and has_required(row.fields, one)
+    ]
+    if not alike:
+        return list(faults)
+    what = f"has the fields of the schema {alike[0]}, not of {schema}"
+    one = "all rows must have one schema, that of JOB_DATA__FORMAT or else of the first row"
+    return [RowError("missing_field", row.where, f"{what}; {one}")]
 
 
 def nearest_field(field: str, fields: Iterable[str]) -> str | None:

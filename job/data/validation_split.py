@@ -66,6 +66,11 @@ def hold_out(
         )
         fix = "raise JOB_DATA__VALIDATION, or set it to a separate source"
         raise DataError([Problem(name, f"{reason}; {fix}")])
+    if len(held_groups) == len(sizes):  # each group is held out or not by itself, so of a few groups all may be
+        groups_in_words = f"{total:,} rows in {len(sizes):,} groups of near-duplicates"
+        what = f"a share of {share_or_count:g} holds all of them out, so that none is left to train on"
+        fix = "lower JOB_DATA__VALIDATION, or set it to a number of rows"
+        raise DataError([Problem(name, f"has {groups_in_words}, and {what}; {fix}")])
     return [group in held_groups for group in groups]
 
 

@@ -1,13 +1,13 @@
 """How processes and machines end: the keys that they write to the rendezvous store, and the common exit code.
 
-    end             the first failure, with which the other processes end: rank, exit code, reason
-    end#RANK        how a process failed: exit code, reason
-    machine#NUMBER  the exit code of a machine, from its launcher
-    read#NUMBER     the launcher of a machine has read how the others ended
-    gone#RANK       a process has ended, or is about to; if it failed, its failure is in the store
+    end             the first failure, which makes the other processes end: rank, exit code, reason
+    end#RANK        the failure of a process: rank, exit code, reason
+    machine#NUMBER  the exit code of a machine, written by its launcher
+    read#NUMBER     exists once the launcher of a machine has read how the others ended
+    gone#RANK       exists once a process has ended or is about to; if it failed, its failure is in the store before
 
 Most platforms take the exit code of one machine, often the first that ends, as that of the whole run. Therefore the
-launchers agree: each ends with the most serious exit code that any machine published (`errors.most_serious`).
+launchers agree: each ends with the most serious exit code that any machine announced (`errors.most_serious`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from job.errors import Killed, exit_codes, most_serious
 END = "end"
 """Key of the first failure."""
 SETTLE_SECONDS = 10.0
-"""How long a launcher waits for those of the other machines; a machine that was lost publishes nothing."""
+"""How long a launcher waits for the exit codes of the other machines; a machine that was lost publishes none."""
 _PAUSE_SECONDS = 0.05
 
 
@@ -56,11 +56,10 @@ def read_key(machine: int) -> str:
     return f"read#{machine}"
 
 
-def publish_end(store: Any, process: int, exit_code: int, why: str) -> None:
+def announce_end(store: Any, process: int, exit_code: int, why: str) -> None:
     """Writes a process's failure to the store, and also as the first failure unless there already is one.
 
-    If the process itself has already written its failure, that is kept: its launcher, which calls this too, has less
-    information.
+    A failure that the process itself has written is not replaced: its launcher, which calls this too, knows less.
     """
     end = json.dumps({"process": process, "code": exit_code, "why": why[:2000]})
     store.compare_set(failure_key(process), "", end)
@@ -68,7 +67,7 @@ def publish_end(store: Any, process: int, exit_code: int, why: str) -> None:
 
 
 def read_first_failure(store: Any) -> End | None:
-    """The first failure that a process published; None if there is none."""
+    """The first failure that a process announced; None if there is none."""
     if not store.check([END]):
         return None
     end = json.loads(store.get(END))
@@ -76,7 +75,7 @@ def read_first_failure(store: Any) -> End | None:
 
 
 def agree_on_end(store: Any, own_code: int, *, machine: int, machines: int, processes: int, seconds: float) -> End:
-    """The exit code of all machines, once each of them has published its own, or after `seconds`.
+    """The exit code of all machines, once each of them has announced its own, or after `seconds`.
 
     Args:
         store: The rendezvous store of this run. Machine 0 hosts it, and therefore waits until the others have read it.
@@ -85,7 +84,7 @@ def agree_on_end(store: Any, own_code: int, *, machine: int, machines: int, proc
         machines: Number of machines.
         processes: World size.
         seconds: Longest time to wait. For machines that have not ended by then, the failures that their processes
-            published are used.
+            announced are used.
 
     Returns:
         0 if machine 0 ended with 0, since the run is complete then; otherwise the most serious exit code.
@@ -119,7 +118,7 @@ def _of_all(codes: dict[str, int], failed: Sequence[dict[str, Any]], machines: S
 
 
 def _known(code: int) -> int:
-    """The exit code; that of a killed process if it is not in the table, as with another version on another machine."""
+    """The exit code; that of a killed process if this version does not know it, as another machine's version may."""
     return code if code in exit_codes() else Killed.exit_code
 
 

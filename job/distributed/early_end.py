@@ -1,9 +1,9 @@
-"""A machine or process that ends before it has connected, such as for invalid settings, publishes that it has ended.
+"""A machine or process that ends before it has connected, such as for invalid settings, announces that it has ended.
 
-Otherwise the others would wait for it for JOB_TRAIN__STALL_SECONDS. Where this job launches the processes, the launcher
-of a machine reads the settings first and writes for all of its processes; under torchrun each process writes for
-itself. Only ends that no retry helps are published: after any other one the platform starts the machine again, and the
-others continue with it.
+Otherwise the others would wait for it for JOB_TRAIN__STALL_SECONDS. If this job launches the processes, the launcher of
+a machine reads the settings first and announces for all of its processes; under torchrun each process announces for
+itself. Only errors that a retry cannot fix are announced: after any other error the platform starts the machine again,
+and the others continue with it.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from typing import Any
 
 from job import log
 from job.common.threads import in_thread
-from job.distributed.common_exit_code import ended_key, gone_key, publish_end, read_key
+from job.distributed.common_exit_code import announce_end, ended_key, gone_key, read_key
 from job.distributed.launcher import Machine, split_address
 from job.distributed.ranks import Place
-from job.distributed.rendezvous import host_store, keyspace, publish_foreign_process, reach_store
+from job.distributed.rendezvous import announce_foreign_process, host_store, keyspace, reach_store
 from job.errors import JobError, Unreachable
 
-_TELL_SECONDS = 30.0
-"""How long the end is offered: machines that are started together are not ready at the same moment."""
+_ANNOUNCE_SECONDS = 30.0
+"""How long this process tries to announce its end: machines started together are not ready at the same time."""
 _ANSWER_SECONDS = 5.0
 _PAUSE_SECONDS = 0.1
 _LAST_SECONDS = 1.0
-"""How long the end is offered after a signal."""
+"""How long it still tries after a signal."""
 
 
 @contextmanager
-def publishing_early_end(
+def announcing_early_end(
     find: Callable[[], tuple[Machine | Place, str | None] | None], received: Sequence[int] = ()
 ) -> Iterator[None]:
-    """Within it, an error that no retry helps is published to the others before it is raised further.
+    """Context manager in which an error that a retry cannot fix is announced to the others, and then raised.
 
     Args:
-        find: Called after such an error: this machine, or this process if another launcher has started it, and the
-            run's id, None where that is not known; None in place of both for a run of one machine or process, or if it
-            is not known where the first one listens.
-        received: The list of `recorded_signals`: once a signal is in it, the other machines are not waited for.
+        find: Called after such an error. Returns this machine, or this process if another launcher started it, with
+            the run's id (None if it is not known). Returns None for a run of one machine or process, and if the address
+            of the first one is not known.
+        received: The list of `recorded_signals`: once it has a signal, this process does not wait for other machines.
     """
     try:
         yield
@@ -51,14 +51,14 @@ def publishing_early_end(
             kind, kinds = (
                 ("machine", "machines") if isinstance(member_and_run[0], Machine) else ("process", "processes")
             )
-            what = f"this {kind} cannot take part in the run; the other {kinds} are told"
-            log.get_logger().warning(what, at_most_seconds=_TELL_SECONDS)
+            what = f"this {kind} cannot take part in the run; the other {kinds} are informed"
+            log.get_logger().warning(what, at_most_seconds=_ANNOUNCE_SECONDS)
             reporting = in_thread(
                 partial(_report_end, *member_and_run, error.exit_code, str(error), received), "early end"
             )
-            # A request to a store that does not answer blocks, for ever if the store's machine is frozen. So the thread
-            # is waited for until the limit, or until a signal arrives, and then left behind.
-            limit = time.monotonic() + _TELL_SECONDS + 2 * _ANSWER_SECONDS
+            # A request to a store that does not answer blocks, without limit if the store's machine is suspended. So
+            # the thread is abandoned at the limit, or when a signal arrives.
+            limit = time.monotonic() + _ANNOUNCE_SECONDS + 2 * _ANSWER_SECONDS
             while not reporting.done() and not received and time.monotonic() < limit:
                 wait([reporting], timeout=_PAUSE_SECONDS)
             # Whether that succeeded or not, the error below is what this process ends with.
@@ -68,12 +68,12 @@ def publishing_early_end(
 
 
 def _report_end(member: Machine | Place, run: str | None, code: int, why: str, signals: Sequence[int]) -> None:
-    """Publishes the end of this machine or process; where the first one hosts the store, until the others have read it.
+    """Announces the end of this machine or process. If it hosts the store, it waits until the others have read it.
 
     Raises:
         OSError, RuntimeError, Unreachable: The store cannot be reached, or hosted.
     """
-    deadline = time.monotonic() + _TELL_SECONDS
+    deadline = time.monotonic() + _ANNOUNCE_SECONDS
 
     def is_over() -> bool:
         return bool(signals) or time.monotonic() > deadline
@@ -90,9 +90,9 @@ def _report_end(member: Machine | Place, run: str | None, code: int, why: str, s
     store = host_store(place.port) if hosts else _reach(place, is_over)
     keys: Any = None if run is None else keyspace(store, run, place.restart)
     if keys is None:
-        publish_foreign_process(store, f"{name} has ended: {why}")
+        announce_foreign_process(store, f"{name} has ended: {why}")
     else:
-        publish_end(keys, rank, code, why)
+        announce_end(keys, rank, code, why)
         for key, value in {**ended, own_end: ""}.items():
             keys.set(key, value)
     if hosts:

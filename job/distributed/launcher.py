@@ -30,6 +30,8 @@ from job.preemption.stop_flag import signals_to_handle
 _POLL_SECONDS = 0.05
 _DRIVERS = Path("/dev/nvidiactl"), Path("/dev/dxg")
 """If CUDA is available, one of these devices exists: the first on Linux, the second on Windows' subsystem for Linux."""
+# Without GPUs: more processes would only take the machine's memory, half a GB each, until the kernel kills the run.
+_FEW_PROCESSES, _PROCESSES_OF_A_CPU = 16, 4
 
 
 @dataclass(frozen=True)
@@ -46,18 +48,19 @@ def count_processes(requested: int | Literal["auto"]) -> int:
     """The number of processes to start: `requested`; with `auto` one for each visible GPU, or one without a GPU.
 
     Raises:
-        SettingsError: `requested` is more than the number of visible GPUs.
+        SettingsError: `requested` is more than the number of visible GPUs; without a GPU, more than the CPUs can run.
     """
-    if requested == 1 or not any(device.exists() for device in _DRIVERS):
-        return 1 if requested == "auto" else requested  # before torch, which takes seconds to import
-    import torch
+    gpus = 0
+    if requested != 1 and any(device.exists() for device in _DRIVERS):
+        import torch  # only here, since it takes seconds
 
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if requested == "auto":
         return max(1, gpus)
-    if gpus and requested > gpus:
-        what = f"{requested} is more than the {gpus} visible GPUs; lower it, or set auto"
-        raise SettingsError([Problem("JOB_RUN__PROCESSES", what)])
+    cpus = len(os.sched_getaffinity(0))
+    if requested > (most := gpus or max(_FEW_PROCESSES, _PROCESSES_OF_A_CPU * cpus)):
+        on = f"the {gpus} visible GPUs" if gpus else f"{most}, the most for the {cpus} CPUs of a machine without GPUs"
+        raise SettingsError([Problem("JOB_RUN__PROCESSES", f"{requested} is more than {on}; lower it, or set auto")])
     return requested
 
 
@@ -224,17 +227,17 @@ class _Outcome:
 
 
 def _watch(context: Any, signals: list[int], grace_seconds: float, others: OtherMachines) -> _Outcome:
-    """Waits until all processes have ended, and publishes each failure as soon as it is seen."""
-    forwarded, deadline, published, stopped, lost = 0, float("inf"), set[int](), False, False
+    """Waits until all processes have ended, and announces each failure as soon as it is seen."""
+    forwarded, deadline, announced, stopped, lost = 0, float("inf"), set[int](), False, False
     while True:
         codes = {local: handler.proc.poll() for local, handler in context.subprocess_handlers.items()}
         ended = {local: code for local, code in codes.items() if code is not None}
         running = codes.keys() - ended.keys()
         # A process that has not installed its handlers yet is killed by the signal that was forwarded to it.
         late = {local for local, code in ended.items() if -code in signals}
-        for local in sorted(local for local, code in ended.items() if code and local not in published):
-            published.add(local)
-            others.publish(local, _one_exit_code({local: ended[local]}, late), _how_it_ended(ended[local]))
+        for local in sorted(local for local, code in ended.items() if code and local not in announced):
+            announced.add(local)
+            others.announce_end(local, _one_exit_code({local: ended[local]}, late), _how_it_ended(ended[local]))
         if deadline == float("inf"):
             stopped = bool(signals)
         if ended or signals:

@@ -1,6 +1,6 @@
 """Detects by process id that another process on the same kernel has died, if no launcher reports it.
 
-A killed process publishes no reason, and without a launcher no other process does. An all-reduce fails when its
+A killed process announces no reason, and without a launcher no other process does. An all-reduce fails when its
 connection breaks, but a process that waits for a value in the store would wait until the watchdog ends it.
 """
 
@@ -9,39 +9,33 @@ from __future__ import annotations
 import os
 import select
 from collections.abc import Mapping
-from pathlib import Path
 
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
-_NAMESPACE = Path("/proc/self/ns/pid")
-
-
-def identity() -> list[str]:
-    """Kernel, PID namespace and process id of this process; empty if the system does not provide them."""
-    try:
-        return [_BOOT.read_text(encoding="ascii").strip(), str(_NAMESPACE.readlink()), str(os.getpid())]
-    except OSError:
-        return []
+from job.common.process_identity import ProcessIdentity, has_ended, is_visible, this_process
 
 
 class Peers:
     """The other processes that this one can watch: those in its own PID namespace, whose process ids are valid here.
 
     Args:
-        identities: Rank -> `identity()` of the process.
+        identities: Rank -> `this_process()` of the process.
     """
 
-    def __init__(self, identities: Mapping[int, list[str]]) -> None:
+    def __init__(self, identities: Mapping[int, ProcessIdentity]) -> None:
         self._descriptors: dict[int, int | None] = {}
-        own = identity()
+        own = this_process()
         for rank, other in identities.items():
-            if other and other[:2] == own[:2] and other != own:
-                try:
-                    # not the id itself, which the kernel may give to another process later
-                    self._descriptors[rank] = os.pidfd_open(int(other[2]))
-                except ProcessLookupError:
-                    self._descriptors[rank] = None
-                except OSError:  # a sandbox without this system call
-                    continue
+            if other == own or not is_visible(other):
+                continue
+            try:
+                # not the id itself, which the kernel may give to another process later
+                self._descriptors[rank] = os.pidfd_open(other.pid)
+            except ProcessLookupError:
+                self._descriptors[rank] = None
+            except OSError:  # a sandbox without this system call
+                continue
+            if has_ended(other):  # the descriptor may be of a later process with its id
+                self.forget(rank)
+                self._descriptors[rank] = None
 
     def dead(self) -> list[int]:
         """Ranks of the processes that have ended, for any reason."""

@@ -2,7 +2,8 @@
 
 The launcher hosts the store. Nothing is pickled. No process waits for a failed one: a process that fails, or its
 launcher, writes the reason to the store, and every waiting process reads it there and ends with the same exit code.
-Without a launcher, the death of a process is detected by the processes in its PID namespace (`peers`).
+Without a launcher, the death of a process is detected by the processes in its PID namespace (`peers`). A process 0 that
+is stopped, and so cannot fail, is detected by all others (`heartbeat`).
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Event, Thread
+from dataclasses import asdict
+from threading import Thread
 from typing import Any, TypeVar
 
 from job.common.formatting import first_line
 from job.common.out_of_memory import ran_out, says_full
-from job.distributed.common_exit_code import END, failure_key, gone_key, publish_end
-from job.distributed.peers import Peers, identity
+from job.common.process_identity import ProcessIdentity, this_process
+from job.distributed.common_exit_code import END, announce_end, failure_key, gone_key
+from job.distributed.heartbeat import Heartbeat, HeartbeatMonitor
+from job.distributed.peers import Peers
 from job.distributed.ranks import Place
-from job.errors import JobError, Killed, Preempted, error_of_process
+from job.errors import JobError, Killed, Preempted, Stalled, error_of_process
 from job.preemption.stop_flag import StopFlag
 
 T = TypeVar("T")
@@ -30,8 +34,6 @@ CHECK_SECONDS = 1.0
 """Shortest time between two reads of the store in `check`."""
 REASON_SECONDS = 5.0
 """How long to wait for the reason in the store after the connection to a process broke."""
-_BEAT = "beat"
-"""Key of a number that process 0 increases as long as it runs."""
 _FAR_FUTURE = 1e9
 """Seconds that stand for "no deadline" among the flags."""
 _PART_BYTES = 4 << 20
@@ -46,31 +48,39 @@ After an operation has ended, the GPU is idle for the rest of the pause."""
 
 
 class ProcessGroup:
-    """`Processes` for a world of more than one.
+    """`Processes` for a run of several processes.
 
     Args:
         place: Rank and world size of this process.
         store: The common TCPStore, with a prefix for this run and this start.
         stop: This process's stop flag; `agree` sets it when that of another process is set.
         report_progress: Called while this process waits. Process 0 does not call it, so that its watchdog detects a
-            deadlock, in which all wait for each other. The others do not call it while process 0 is stopped (`beat`),
-            since its watchdog is stopped too.
+            deadlock, in which all wait for each other, and ends all.
         grace_seconds: Seconds in which the other processes have to end after one has ended.
+        stall_seconds: Seconds after which the others end if process 0 is stopped, and its watchdog with it.
     """
 
     def __init__(
-        self, place: Place, store: Any, stop: StopFlag, report_progress: Callable[[], None], grace_seconds: float
+        self,
+        place: Place,
+        store: Any,
+        stop: StopFlag,
+        report_progress: Callable[[], None],
+        *,
+        grace_seconds: float,
+        stall_seconds: float,
     ) -> None:
         self.place, self.leads, self.stopping = place, place.rank == 0, False
         self._store, self._stop, self._report_progress, self._grace = store, stop, report_progress, grace_seconds
         self._peers = Peers({})
         self._all_connected = self._gpus_connected = False
         self._failed = False
-        """Whether this process ends because another one has failed, and not because it had to stop before that."""
+        """Whether this process ends because another one failed, not because it had to stop before that."""
         self._calls = 0
         self._checked = -math.inf  # the first `check` reads the store
-        self._beat, self._first_runs, self._left = 0, True, Event()
-        self._beat_error: RuntimeError | None = None
+        self._heartbeat, self._stall_seconds = Heartbeat(store), stall_seconds
+        self._monitor: HeartbeatMonitor | None = None
+        """Whether process 0 runs; None in process 0, and until all have arrived."""
         self._sent = [0] * place.world_size
         """Number of values by rank: those this process has sent, and in process 0 those it has received from each."""
 
@@ -79,51 +89,43 @@ class ProcessGroup:
         if time.monotonic() - self._checked >= CHECK_SECONDS:
             self._checked = time.monotonic()
             with self._store_errors():
-                if self._beat_error is not None:  # else the others would take this process for stopped
-                    raise self._beat_error
+                self._heartbeat.check()
                 ended = self._store.check([END])
                 if ended:
                     raise self._ended()
                 self._check_peers()
-                if not self.leads:
-                    before, self._beat = self._beat, self._store.add(_BEAT, 0)
-                    self._first_runs = self._beat == 0 or self._beat != before  # 0: it has not begun
+                self._check_process_0()
 
-    def beat(self) -> None:
-        """In process 0: starts a thread that shows the others that this process runs, and is not stopped.
-
-        A process that is stopped (SIGSTOP, a frozen container) cannot notice it, nor does its connection break.
-        """
-
-        def run() -> None:
-            try:
-                while not self._left.wait(CHECK_SECONDS / 2):
-                    self._store.add(_BEAT, 1)
-            except RuntimeError as error:
-                self._beat_error = error
-
+    def start_heartbeat(self) -> None:
+        """In process 0: shows the others from now on that this process runs. Called before the processes connect."""
         if self.leads:
-            Thread(target=run, name="beat", daemon=True).start()
+            with self._store_errors():
+                self._heartbeat.start()
 
     def announce(self) -> None:
         """Publishes this process's identity, for `watch_peers` of the others. Called before the processes connect."""
-        self._set(f"identity#{self.place.rank}", identity())
+        own = this_process()
+        self._set(f"identity#{self.place.rank}", own and asdict(own))
 
     def watch_peers(self) -> None:
         """Makes `check` also end this process when another one in its PID namespace has died.
 
-        Called once all processes have connected.
+        Called once all processes have arrived. In processes other than 0, `check` also ends them from now on if
+        process 0 is stopped.
         """
         self._all_connected = True
+        if not self.leads:
+            self._monitor = HeartbeatMonitor(self.place, self._store, self._stall_seconds)
         with self._store_errors():
             keys = {rank: f"identity#{rank}" for rank in range(self.place.world_size) if rank != self.place.rank}
-            self._peers = Peers({rank: self._get(key) for rank, key in keys.items() if self._store.check([key])})
+            found = {rank: self._get(key) for rank, key in keys.items() if self._store.check([key])}
+        self._peers = Peers({rank: ProcessIdentity(**identity) for rank, identity in found.items() if identity})
 
     def wait_in_thread(self, call: Callable[[], object], *, stoppable: bool) -> None:
-        """Makes a call that blocks until all processes have made it, and notices meanwhile that another one has ended.
+        """Makes a call that blocks until all processes make it, and checks meanwhile whether another one has ended.
 
         Args:
-            call: Runs in a thread, which is left behind where the call cannot return any more.
+            call: Runs in a thread, which is abandoned if another process has ended, since the call may never return.
             stoppable: Whether this process may stop before the call returns.
 
         Raises:
@@ -145,14 +147,14 @@ class ProcessGroup:
         if errors:
             raise errors[0]
 
-    def share(self, name: str, value: Callable[[], T]) -> T:
+    def broadcast(self, name: str, value: Callable[[], T]) -> T:
         """See `Processes`."""
-        return self._share(self._key(name), value, leads=self.leads)
+        return self._broadcast(self._key(name), value, leads=self.leads)
 
-    def share_on_machine(self, name: str, value: Callable[[], T]) -> T:
+    def broadcast_on_machine(self, name: str, value: Callable[[], T]) -> T:
         """See `Processes`."""
         key = f"{self._key(name)}@{self.place.first_of_machine}"
-        return self._share(key, value, leads=self.place.local_rank == 0)
+        return self._broadcast(key, value, leads=self.place.local_rank == 0)
 
     def gather(self, name: str, value: Any) -> list[Any]:
         """See `Processes`."""
@@ -191,18 +193,18 @@ class ProcessGroup:
             self._stop.request("another process, which had to stop", seconds_left)
         return repeat
 
-    def add_up(self, tensor: Any) -> None:
+    def all_reduce(self, tensor: Any) -> None:
         """See `Processes`."""
         from torch.distributed import ReduceOp
 
         self._reduce(tensor, ReduceOp.SUM, longest=_SHORT_PAUSE_SECONDS if tensor.is_cuda else _MAX_PAUSE_SUM)
 
-    def start_add_up(self, tensor: Any) -> Callable[[], None]:
+    def start_all_reduce(self, tensor: Any) -> Callable[[], None]:
         """See `Processes`."""
         import torch.distributed as dist
 
         if not tensor.is_cuda:  # gloo's wait would block the host, which then could not notice another process's end
-            self.add_up(tensor)
+            self.all_reduce(tensor)
             return lambda: None
         with self._collective_errors():
             self._connect_gpus(tensor)
@@ -248,20 +250,20 @@ class ProcessGroup:
         )
 
     def end(self, error: BaseException) -> None:
-        """Publishes to the other processes the error that this one fails with."""
+        """Announces to the other processes the error that this one fails with."""
         code = error.exit_code if isinstance(error, JobError) else JobError.exit_code
         with contextlib.suppress(RuntimeError):
-            publish_end(self._store, self.place.rank, code, str(error) or type(error).__name__)
+            announce_end(self._store, self.place.rank, code, str(error) or type(error).__name__)
 
     def leave(self) -> None:
-        """At the end of the run, the other processes wait for process 0, and then process 0 waits for them.
+        """Called at the end of the run: the other processes wait for process 0, and then process 0 waits for them.
 
         They wait for process 0 because it has the most left to do, and some launchers kill all processes as soon as one
         has ended. Process 0 waits for them because the store may end with it, or with its launcher.
         """
         left_keys = [gone_key(rank) for rank in range(self.place.world_size)]
         self._peers.close()
-        self._left.set()
+        self._heartbeat.stop()
         with contextlib.suppress(RuntimeError):
             self._store.set(left_keys[self.place.rank], "")
             if self.leads:
@@ -271,6 +273,14 @@ class ProcessGroup:
                     self._grace, lambda: self._store.check(left_keys[:1]) or self._store.check([failure_key(0)])
                 )
 
+    def _check_process_0(self) -> None:
+        if self._monitor is not None:
+            try:
+                self._monitor.check()
+            except Stalled:
+                self._end_by("process 0, which does not run")
+                raise
+
     def _check_peers(self) -> None:
         for rank in self._peers.dead():
             if self._store.check([gone_key(rank)]):  # it ended regularly, or its error is in the store
@@ -278,13 +288,13 @@ class ProcessGroup:
             else:
                 raise self._lost(RuntimeError(f"process {rank} was killed, or it crashed"))
 
-    def _share(self, key: str, value: Callable[[], T], *, leads: bool) -> T:
+    def _broadcast(self, key: str, value: Callable[[], T], *, leads: bool) -> T:
         if leads:
             own = value()
             self._set(key, own)
             return own
-        shared: T = self._wait_for(key)
-        return shared
+        received: T = self._wait_for(key)
+        return received
 
     def _key(self, name: str) -> str:
         self._calls += 1
@@ -317,7 +327,7 @@ class ProcessGroup:
         self._finish(start, min(_PAUSE_SECONDS, longest), longest)
 
     def _finish(self, start: Callable[[], Any], pause: float = _PAUSE_SECONDS, longest: float = _MAX_PAUSE_SUM) -> None:
-        """Waits for a collective operation of torch's, in pauses that double up to the longest."""
+        """Waits for one of torch's collective operations, in pauses that double up to the longest."""
         with self._collective_errors():
             work = start()
             # Not stoppable: the other processes take part in this operation, and may learn of the stop from it.
@@ -325,9 +335,10 @@ class ProcessGroup:
             work.wait()
 
     def _connect_gpus(self, tensor: Any) -> None:
-        """Connects the GPUs by a first small sum. NCCL connects in its first exchange, and blocks the host until then.
+        """Connects the GPUs by a first small all-reduce, in a thread.
 
-        So a process that is killed before would not be noticed by those that wait for it there.
+        NCCL connects in its first collective operation, and blocks the host until all processes take part. In the main
+        thread, a process could not notice that another one was killed before that.
         """
         import torch
         import torch.distributed as dist
@@ -342,8 +353,9 @@ class ProcessGroup:
     def _collective_errors(self) -> Iterator[None]:
         """Context manager in which an error of torch means that another process has ended, unless memory ran out.
 
-        NCCL allocates its buffers in the first exchange, outside of torch's allocator. If memory runs out there, this
-        process cannot repeat the exchange, in which the others wait. So the error is published at once, and they end.
+        NCCL allocates its buffers in its first collective operation, outside of torch's allocator. If memory runs out
+        there, this process cannot repeat the operation, in which the others wait. So it announces the error at once,
+        and they end.
         """
         try:
             yield
@@ -363,7 +375,7 @@ class ProcessGroup:
             self.check()
             if stoppable:
                 self._stop.check()
-            if not self.leads and self._first_runs:
+            if not self.leads:
                 self._report_progress()
             time.sleep(pause)
             pause = min(2 * pause, longest)
@@ -376,9 +388,9 @@ class ProcessGroup:
 
     @contextmanager
     def _store_errors(self) -> Iterator[None]:
-        """Within it, an error of torch's means that another process has ended, once all have come.
+        """Context manager in which an error of torch means that another process has ended.
 
-        Before that it is raised as it is: `rendezvous.join` knows that the store is gone, and no process is lost yet.
+        Before all processes have connected, it is raised unchanged: `rendezvous.join` takes it as a loss of the store.
         """
         try:
             yield
@@ -394,9 +406,11 @@ class ProcessGroup:
                 return self._ended()
         # If this process had to stop, the other one had to stop as well. Otherwise the other one may have run out of
         # memory, which no retry fixes, so it must not count as a preemption, whose retry is free.
-        kind = Preempted if self._stop() and not self._failed else Killed
+        error_class = Preempted if self._stop() and not self._failed else Killed
         self._end_by("the loss of another process")
-        return kind(f"another process of this run has ended; start the run again to resume it: {first_line(why)}")
+        return error_class(
+            f"another process of this run has ended; start the run again to resume it: {first_line(why)}"
+        )
 
     def _ended(self) -> JobError:
         """The error to raise when another process has failed."""

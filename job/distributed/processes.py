@@ -1,4 +1,8 @@
-"""Collective operations on the processes of a run: exchange values, sum tensors, agree. Many runs have one process."""
+"""Collective operations on the processes of a run: broadcast, all-gather, all-reduce, all-to-all.
+
+Many runs have a single process. The interface is `Processes`; `Alone` implements it for one process, and
+`process_group.ProcessGroup` for several.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +35,17 @@ class Processes(Protocol):
     def check(self) -> None:
         """Raises the error with which another process has ended, if one has."""
 
-    def share(self, name: str, value: Callable[[], T]) -> T:
-        """The JSON-able result of `value`, which only process 0 calls; the others wait. `name` is part of its key."""
+    def broadcast(self, name: str, value: Callable[[], T]) -> T:
+        """Process 0 calls `value`, and all processes return its result, which must be JSON-able.
 
-    def share_on_machine(self, name: str, value: Callable[[], T]) -> T:
-        """Like `share` on each machine: the machine's first process calls `value`."""
+        `name` is part of the result's key in the store.
+        """
+
+    def broadcast_on_machine(self, name: str, value: Callable[[], T]) -> T:
+        """Like `broadcast`, on each machine separately: the machine's first process calls `value`."""
 
     def gather(self, name: str, value: Any) -> list[Any]:
-        """The JSON-able values of all processes, in the order of their ranks."""
+        """All-gather: the JSON-able values of all processes, in the order of their ranks."""
 
     def send(self, value: Any) -> None:
         """Sends a JSON-able value to process 0, without waiting for `receive` there."""
@@ -49,11 +56,11 @@ class Processes(Protocol):
     def agree(self, *, repeat: bool) -> bool:
         """Whether any process has to repeat the current step. Also sets `stopping` if any has to stop."""
 
-    def add_up(self, tensor: Any) -> None:
-        """Replaces the tensor, in place, by its sum over all processes; waits for the other processes."""
+    def all_reduce(self, tensor: Any) -> None:
+        """Replaces the tensor, in place, by its sum over all processes, and waits for that."""
 
-    def start_add_up(self, tensor: Any) -> Callable[[], None]:
-        """Starts `add_up`. On a GPU, work that is launched afterwards waits for the sum; the host does not.
+    def start_all_reduce(self, tensor: Any) -> Callable[[], None]:
+        """Starts `all_reduce`, and returns. On a GPU, work launched afterwards waits for the sum; the host does not.
 
         Returns:
             A function that waits for the sum. If another process has ended, it raises that process's error, and work
@@ -61,13 +68,14 @@ class Processes(Protocol):
         """
 
     def exchange(self, number: int) -> list[int]:
-        """The numbers of all processes, in the order of their ranks; faster than `gather`, for frequent use."""
+        """All-gather of one number: those of all processes, by rank. Faster than `gather`, for frequent use."""
 
     def gather_into(self, gathered: Any, part: Any) -> Callable[[], None]:
-        """Starts to fill `gathered` with the tensors `part` of all processes, all of one length, in the order of ranks.
+        """Starts an all-gather: fills `gathered` with the tensors `part` of all processes, by rank, all of one length.
 
         Returns:
-            A function that waits for them; on a GPU, work that is launched after it waits.
+            A function that waits for it. On a GPU only work that is launched after calling that function waits for the
+            tensors, so the function must be called before they are used.
         """
 
     def all_to_all(self, received: Any, sent: Any, received_sizes: list[int], sent_sizes: list[int]) -> None:
@@ -91,11 +99,11 @@ class Alone:
     def check(self) -> None:
         """Does nothing."""
 
-    def share(self, name: str, value: Callable[[], T]) -> T:  # noqa: ARG002 - as in Processes
+    def broadcast(self, name: str, value: Callable[[], T]) -> T:  # noqa: ARG002 - as in Processes
         """Calls `value`."""
         return value()
 
-    share_on_machine = share
+    broadcast_on_machine = broadcast
 
     def gather(self, name: str, value: Any) -> list[Any]:  # noqa: ARG002 - as in Processes
         """A list of this value."""
@@ -112,12 +120,12 @@ class Alone:
         """Returns `repeat`."""
         return repeat
 
-    def add_up(self, tensor: Any) -> None:
+    def all_reduce(self, tensor: Any) -> None:
         """Does nothing: the sum over one process is the tensor itself."""
 
-    def start_add_up(self, tensor: Any) -> Callable[[], None]:
-        """Calls `add_up`."""
-        self.add_up(tensor)
+    def start_all_reduce(self, tensor: Any) -> Callable[[], None]:
+        """Calls `all_reduce`."""
+        self.all_reduce(tensor)
         return lambda: None
 
     def exchange(self, number: int) -> list[int]:

@@ -18,7 +18,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 LAUNCHER = "QLORA_JOB_LAUNCHER"
 """Variable with the process id of this job's launcher."""
 PORT = 29400
-"""Port on which machine 0 listens by default, as torchrun has it."""
+"""Port on which machine 0 listens on SageMaker, torchrun's default. Elsewhere JOB_RUN__RENDEZVOUS names the port."""
 
 _MOST_PROCESSES, _MOST_PORT = 1_000_000, 65_535
 _NUMBER = re.compile(r"[0-9]{1,7}", re.ASCII)
@@ -76,11 +76,11 @@ def find_place(environ: Mapping[str, str]) -> Place | None:
     )
 
 
-def known_rank(environ: Mapping[str, str]) -> Place | None:
-    """Like `find_place`, also where other variables than the address are wrong: enough to tell the other processes.
+def partial_place(environ: Mapping[str, str]) -> Place | None:
+    """Like `find_place` if variables other than the address are wrong: what is needed to inform the other processes.
 
-    A wrong rank is replaced by the world size, which no process has as its rank; a wrong world size by one larger than
-    most, so that process 0 waits for the others as long as it may. None without a launcher, or with a wrong address.
+    A wrong rank is replaced by the world size, which is no process's rank; a wrong world size by a large number, so
+    that process 0 waits for other processes as long as it may. None without a launcher, or if the address is wrong.
     """
     wrong = dict(find_faults(environ))
     if wrong.keys() & {"MASTER_ADDR", "MASTER_PORT"}:
@@ -161,7 +161,7 @@ def find_machines(platform: Platform) -> Machines:
     if len(hosts) == 1:
         return Machines({})
     settings = {"run.nodes": len(hosts), "run.node_rank": rank, "run.rendezvous": f"{hosts[0]}:{PORT}"}
-    # SDK v3's local mode names an interface that does not exist, with which NCCL would end the job.
+    # SageMaker SDK v3's local mode names an interface that does not exist, with which NCCL would fail.
     interface = config.get("network_interface_name")
     exists = isinstance(interface, str) and interface in {name for _, name in socket.if_nameindex()}
     return Machines(settings, interface if exists else None)

@@ -1,6 +1,7 @@
 """Connects the processes of a run through a TCPStore at an address that all of them are given.
 
-The functions here wait in loops, because torch's own client cannot be interrupted by a signal while it waits.
+`join` waits in loops, because torch's own client cannot be interrupted by a signal while it waits. It connects in a
+thread, because that client waits for a frozen machine without a limit.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from job import log
 from job.common.formatting import first_line
+from job.common.threads import in_thread
 from job.distributed.process_group import CHECK_SECONDS, ProcessGroup
 from job.distributed.processes import ALONE, Processes
 from job.distributed.ranks import Place
@@ -25,8 +29,10 @@ from job.preemption.stop_flag import StopFlag
 
 _CONNECT_SECONDS = 2.0
 _REACH_SECONDS = 10.0
-"""How long torch's client may try to connect; neither a signal nor the end of the launcher interrupts it."""
+"""How long torch's client may try to connect to a port that is open."""
 _ANSWER_SECONDS = 60.0
+"""How long the store may take to answer; then another connection is tried."""
+_RETRY_SECONDS = 0.2
 _RUN = "run"
 """Key, outside of the keyspaces, of the id of the run that the store is for."""
 _FOREIGN_PROCESS = "stranger"
@@ -60,7 +66,7 @@ def host_store(port: int, run: str | None = None) -> Any:
     return store
 
 
-def publish_foreign_process(store: Any, why: str) -> None:
+def announce_foreign_process(store: Any, why: str) -> None:
     """Tells the processes that wait at a store that one has come that does not belong to their run.
 
     Args:
@@ -139,17 +145,20 @@ def join(
         SettingsError: Two processes have the same rank, they disagree on the world size or on the run's id, or a
             machine that does not know the id has ended.
         Preempted: This process has to stop.
+        Stalled: Process 0 had arrived, and has not run for `timeout_seconds` since then.
         Killed: Another process or this process's launcher has died, although none had to stop.
     """
     if place is None or place.world_size == 1:
         yield ALONE
         return
-    deadline = time.monotonic() + timeout_seconds
-    address = _reach(place, run, deadline, stop, report_progress)
+    limit = _Limit(timeout_seconds)
+    address = _reach(place, run, limit, stop, report_progress)
     with machine_checks(), _store_errors(place):
         _check_run(address, run)  # before it is one of the processes, which wait for each other at the end
     store = keyspace(address, run, place.restart)
-    group = ProcessGroup(place, store, stop, report_progress, grace_seconds)
+    group = ProcessGroup(
+        place, store, stop, report_progress, grace_seconds=grace_seconds, stall_seconds=timeout_seconds
+    )
     try:
         with machine_checks(), _store_errors(place):
             foreign_processes = _ForeignProcesses(address)
@@ -161,9 +170,9 @@ def join(
                 stop.check()
                 report_progress()
 
-            _await_all(group, store, deadline, check)
+            _await_all(group, store, limit, check)
         group.watch_peers()
-        group.beat()
+        group.start_heartbeat()
         _connect(group, run, 2 * timeout_seconds)
         yield group
         _disconnect()
@@ -174,29 +183,65 @@ def join(
         group.leave()
 
 
-def _reach(place: Place, run: str, deadline: float, stop: StopFlag, report_progress: Callable[[], None]) -> Any:
+class _Limit:
+    """How long this process waits for the others.
+
+    Args:
+        seconds: JOB_TRAIN__STALL_SECONDS, from now on.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._end = seconds, time.monotonic() + seconds
+
+    def __str__(self) -> str:
+        return f"{self._seconds:g} s (JOB_TRAIN__STALL_SECONDS)"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the time is over."""
+        return time.monotonic() > self._end
+
+    @property
+    def seconds_left(self) -> int:
+        """What is left of it."""
+        return max(0, round(self._end - time.monotonic()))
+
+
+def _reach(place: Place, run: str, limit: _Limit, stop: StopFlag, report_progress: Callable[[], None]) -> Any:
     """The store, once it can be reached; process 0 hosts it where no launcher does."""
     if place.rank == 0 and not place.hosted:
         return host_store(place.port, run)
+    import torch.distributed  # noqa: F401 - not first in the thread below, which may be left behind
+
     address, reminder = f"{place.host}:{place.port}", _Reminder()
+    attempt: Future[Any] | None = None
+    abandon_at = 0.0
     while True:
         _check_launcher(place)
+        if attempt is None:
+            # In a thread: if the store's machine is frozen, it accepts the connection, and torch's client waits for an
+            # answer without a limit.
+            attempt = in_thread(partial(reach_store, place, _REACH_SECONDS), "store")
+            abandon_at = time.monotonic() + _ANSWER_SECONDS
         try:
-            store = reach_store(place, _REACH_SECONDS)
-        except (OSError, RuntimeError) as error:
+            store = attempt.result(timeout=_RETRY_SECONDS)
+        except (OSError, RuntimeError) as error:  # one is TimeoutError: the attempt goes on
+            why = str(error)[:200] or "no answer"
             # One process of each machine says so; on machine 0 the one after process 0, if that hosts the store itself.
             if (place.local_rank == 0 or place.rank == 1) and reminder.is_due():
-                left = max(0, round(deadline - time.monotonic()))
                 what = "waiting for process 0, which cannot be reached"
-                log.get_logger().warning(what, at=address, why=str(error)[:200], at_most_seconds=left)
-            if time.monotonic() > deadline:
-                raise Unreachable(f"process 0 of this run cannot be reached at {address}: {error}") from error
+                log.get_logger().warning(what, at=address, why=why, at_most_seconds=limit.seconds_left)
+            if limit.is_over:
+                what = f"process 0 of this run cannot be reached at {address}: {why}; waited for {limit}"
+                raise Unreachable(what) from error
+            if attempt.done() or time.monotonic() > abandon_at:
+                attempt = None
         else:
             store.set_timeout(timedelta(seconds=_ANSWER_SECONDS))
             return store
         stop.check()
         report_progress()
-        time.sleep(0.2)
+        time.sleep(_RETRY_SECONDS)
 
 
 @contextmanager
@@ -223,7 +268,7 @@ def _check_run(store: Any, run: str) -> None:
     """Raises SettingsError, and tells the processes that wait, if the store is for another run than this process."""
     other = store.compare_set(_RUN, "", run).decode()
     if other != run:
-        publish_foreign_process(store, f"one process has {run}, the others have {other}")
+        announce_foreign_process(store, f"one process has {run}, the others have {other}")
         what = f"is {run} here and {other} on another machine at this address; set the same id on all, or another port"
         raise SettingsError([Problem("JOB_RUN__ID", f"{what} in JOB_RUN__RENDEZVOUS")])
 
@@ -257,7 +302,7 @@ class _ForeignProcesses:
             raise SettingsError([Problem("JOB_RUN__ID", what)])
 
 
-def _await_all(group: ProcessGroup, store: Any, deadline: float, check: Callable[[], None]) -> None:
+def _await_all(group: ProcessGroup, store: Any, limit: _Limit, check: Callable[[], None]) -> None:
     """Waits until all processes have arrived, and checks that their ranks and world sizes fit together."""
     place = group.place
     agreed_size = store.compare_set("world_size", "", str(place.world_size)).decode()
@@ -269,7 +314,7 @@ def _await_all(group: ProcessGroup, store: Any, deadline: float, check: Callable
     group.announce()
     if store.add(f"here#{place.rank}", 1) > 1:
         # On Kubernetes the rank is the pod's index, so the other process is mostly in the pod that this one replaces.
-        # If that has published why it ended, this process ends for the same reason; else with code 72, and the
+        # If that has announced why it ended, this process ends for the same reason; else with code 72, and the
         # platform's retry starts when the old pod is gone.
         group.check()
         message = (
@@ -280,16 +325,17 @@ def _await_all(group: ProcessGroup, store: Any, deadline: float, check: Callable
     keys, reminder = [f"here#{rank}" for rank in range(place.world_size)], _Reminder()
     while not store.check(keys):
         if reminder.is_due():
-            _log_missing(place, [rank for rank, key in enumerate(keys) if not store.check([key])], deadline)
-        check()  # before the deadline is looked at: why a process has ended says more than that it did not come
-        if time.monotonic() > deadline:
-            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-            raise Unreachable(f"of {place.world_size} processes, these did not connect: {', '.join(map(str, missing))}")
+            _log_missing(place, [rank for rank, key in enumerate(keys) if not store.check([key])], limit)
+        check()  # before the limit is looked at: why a process has ended says more than that it did not come
+        if limit.is_over:
+            missing = ", ".join(str(rank) for rank, key in enumerate(keys) if not store.check([key]))
+            what = f"of {place.world_size} processes, these did not connect: {missing}; waited for {limit}"
+            raise Unreachable(what)
         time.sleep(0.05)
 
 
 class _Reminder:
-    """Says every `_SAY_SECONDS` that it is time for a line in the log, the first time after these seconds."""
+    """Says every `_REMINDER_SECONDS` that it is time for a line in the log, the first time after these seconds."""
 
     def __init__(self) -> None:
         self._next = time.monotonic() + _REMINDER_SECONDS
@@ -302,7 +348,7 @@ class _Reminder:
         return True
 
 
-def _log_missing(place: Place, missing: Sequence[int], deadline: float) -> None:
+def _log_missing(place: Place, missing: Sequence[int], limit: _Limit) -> None:
     """Logs for which processes this one waits, if it is the first of its machine that has come.
 
     A process that ends before it connects is not noticed, unless the job's launcher has started it, or it could say so
@@ -319,7 +365,7 @@ def _log_missing(place: Place, missing: Sequence[int], deadline: float) -> None:
         missing_processes=len(missing),
         missing=list(missing[:_MAX_LISTED]),
         on_this_machine=[rank for rank in missing if first <= rank < last][:_MAX_LISTED],
-        at_most_seconds=max(0, round(deadline - time.monotonic())),
+        at_most_seconds=limit.seconds_left,
     )
 
 

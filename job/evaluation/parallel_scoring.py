@@ -85,21 +85,21 @@ class ParallelScoring:
 
     def finish(self) -> None:
         """In process 0: lets the others return from `help`."""
-        self.processes.share("questions", str)
+        self.processes.broadcast("questions", str)
 
     def help(self, model: Any, tokenizer: Any = None) -> None:
-        """In all processes but 0: computes this process's share of every piece of work until process 0 is finished."""
-        while text := self.processes.share("questions", str):
+        """In all processes but 0: computes this process's part of every piece of work until process 0 is finished."""
+        while text := self.processes.broadcast("questions", str):
             work = adapter_of(_Work).validate_json(text)
-            for number, computed in self._own_share(work, model, tokenizer):
+            for number, computed in self._own_part(work, model, tokenizer):
                 self.processes.send([number, work.result.dump_python(computed)])
 
     def _divided(self, work: _Work, model: Any, tokenizer: Any = None) -> Iterator[tuple[int, Any]]:
         """What this process computes and, in between and afterwards, what the others have sent."""
         if self.processes.place.world_size > 1:
-            self.processes.share("questions", lambda: adapter_of(_Work).dump_json(work).decode())
+            self.processes.broadcast("questions", lambda: adapter_of(_Work).dump_json(work).decode())
         remaining = len(work.parts)
-        for computed in self._own_share(work, model, tokenizer):
+        for computed in self._own_part(work, model, tokenizer):
             arrived = [computed, *self._received(work)]
             remaining -= len(arrived)
             yield from arrived
@@ -115,7 +115,7 @@ class ParallelScoring:
         read = work.result.validate_python
         return [(number, read(computed)) for number, computed in self.processes.receive()]
 
-    def _own_share(self, work: _Work, model: Any, tokenizer: Any) -> Iterator[tuple[int, Any]]:
+    def _own_part(self, work: _Work, model: Any, tokenizer: Any) -> Iterator[tuple[int, Any]]:
         """Every n-th part, where n is the number of processes."""
         from job.model.placed_weights import taking_part  # torch, which process 0 of a run without a model lacks
 

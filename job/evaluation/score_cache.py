@@ -25,7 +25,7 @@ from job.common.hashing import code_hashes
 from job.evaluation.generation import GenerationOptions
 from job.log import get_logger
 from job.records import Answer, ChoiceScore, Question
-from job.storage.open import ObjectStore, TooLarge
+from job.storage.open import ObjectStore, TooLarge, is_key
 
 SAVE_SECONDS = 15.0
 _ENDING = ".jsonl"
@@ -208,7 +208,8 @@ class ScoreCache:
     def _fitting(self, parts: int, fits: Callable[[_Entry], bool]) -> Iterator[_Entry]:
         """The entries in the folder whose number is below `parts` and that match, by `fits`."""
         # Platforms that copy a folder add files of their own to it; the job's files have this ending.
-        names = [info.key for info in self._store.list(f"{self._folder}/") if info.key.endswith(_ENDING)]
+        listed = [info.key for info in self._store.list(f"{self._folder}/")]
+        names = [key for key in listed if key.endswith(_ENDING) and is_key(key)]
         for entry in (entry for name in names for entry in self._read(name)):
             if 0 <= entry.row < parts and fits(entry):
                 self._others |= {entry.run} - {self._run}

@@ -20,6 +20,7 @@ import torch
 
 from job import log
 from job.common.formatting import first_line
+from job.common.out_of_memory import out_of_memory
 from job.errors import DataError, JobError, Problem, SettingsError
 from job.model.load_base import PLAIN
 from job.model.lora import trainable
@@ -143,7 +144,9 @@ def _test_packing(model: Any, examples: Sequence[Example], max_length: int, loss
             errors["the adapter's gradient"] = (apart, to.gradient)
     except _PASSING:
         raise
-    except Exception as failed:  # noqa: BLE001 - of a stranger's code, which was not written for this
+    except Exception as failed:  # of a stranger's code, which was not written for this
+        if out_of_memory(failed):  # most of torch's allocators raise a RuntimeError
+            raise
         message = str(failed) if isinstance(failed, Unpackable) else f"{type(failed).__name__}: {failed}"
         return Packing(packed=False, reason=(message.splitlines() or ["it fails"])[0][:300])
     message = ", ".join(f"{name} {error:.0e}" for name, (error, _) in errors.items())
@@ -160,6 +163,8 @@ def _own_code(base: Any) -> Iterator[None]:
     except _PASSING:
         raise
     except Exception as error:
+        if out_of_memory(error):
+            raise
         first = first_line(error, 300)
         what = f"the code of {type(base).__name__} fails on a plain sequence of text: {type(error).__name__}: {first}"
         raise SettingsError([Problem("JOB_MODEL__ID", what)]) from error

@@ -43,7 +43,7 @@ def _of_limit(gpus: Sequence[Gpu], run: RunShape, setup: Setup, limit: float | N
     if limit is None:
         return
     fit = [gpu.name for gpu in gpus if forecast_gpu(gpu, run, setup).fits]
-    names = "all of them" if len(fit) == len(gpus) else enumeration(fit) if fit else "none"
+    names = "all of them" if len(fit) == len(gpus) > 1 else enumeration(fit) if fit else "none"
     without = f"without it, {names} {'fit' if len(fit) > 1 else 'fits'}"
     yield f"JOB_TRAIN__GPU_MEMORY_GB={limit:g} limits them: raise or remove it ({without})"
 

@@ -224,7 +224,8 @@ def _warmup_note(run: RunShape) -> str:
     """That a run of few steps ends before its learning rate has risen; else nothing."""
     if run.workload is None or run.workload.steps > run.warmup_steps:
         return ""
-    return f"the warmup takes {run.warmup_steps:,}: the learning rate never reaches its peak; JOB_TRAIN__WARMUP_RATIO"
+    what = f"the warmup takes {run.warmup_steps:,}: the learning rate never reaches its peak"
+    return f"{what}; set JOB_TRAIN__WARMUP_RATIO=0.1"
 
 
 def _of_data(run: RunShape) -> Iterator[Estimate]:

@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from job.audit.overlap import index_questions
 from job.audit.rows import set_up
 from job.common.export_formats import EXTRA, GGUF, needs_merge, not_installed, split_name
-from job.common.lora_readers import why_not_served
 from job.common.source_list import parse_sources
 from job.data.evaluation_prompts import find_prompts, read_prompts
 from job.data.examples import lengths_of
 from job.data.training_and_validation import validation_source_of
 from job.errors import DataError, JobError, Problem, named_by, naming, raise_problems
-from job.evaluation.policy import CHOICES, read_policy
-from job.evaluation.tasks import Tasks, check_gate
-from job.model.adapter_options import MANY_STEPS, AdapterOptions, make_options, too_few_steps
-from job.model.files import build_empty, read_config
-from job.model.start_adapter import check_start, check_start_fits, local_start
+from job.evaluation.tasks import Tasks
+from job.model.adapter_options import make_options, too_few_steps
 from job.model.tokenizer_files import rows_with
 from job.planning import known_models_and_data as known
-from job.planning.preflight import Found, NotChecked, PreflightResult, run_check
+from job.planning.other_input_checks import check_other_inputs
+from job.planning.plan_settings import adapter_options, place_of_run, quick_storage
+from job.planning.preflight import After, Found, NotChecked, PreflightResult, after_answers, run_check
 from job.planning.preflight_data import DataFacts, preview_data, preview_questions, report_audit
 from job.planning.preflight_export import check_exported_run
 from job.planning.preflight_models import (
     AdapterFacts,
     AuxiliaryFacts,
     ModelFacts,
-    fetch_start,
     files_without_weights,
     find_tokenizer,
     preview_adapter,
@@ -41,31 +37,17 @@ from job.planning.preflight_models import (
     preview_safety_model,
 )
 from job.planning.preflight_store import local_round_trip, round_trip
-from job.push.push import targets
-from job.results.baseline import read_baseline
-from job.results.signing import key_id, load_private_key, public_key
-from job.settings.load import Settings, plain_values
-from job.settings.schema import Sign
+from job.settings.load import Settings
 from job.settings.training_stages import settings_renamed_in_errors, split_stages
 from job.storage.first_answer import answers_once
 from job.storage.hub import is_reachable, local_model
 from job.storage.location import join
-from job.storage.open import StorageOptions, fetch, is_remote, open_store, storage_options
+from job.storage.open import StorageOptions, fetch, is_remote, open_store
 from job.training.config import total_steps
 from job.training.model_checks import model_problems
 
-QUICK_TRIES = 2
-"""How often `plan` tries a request at most."""
 EXPORTED = "exported run"
 """The name of the check of JOB_EXPORT__RUN."""
-T = TypeVar("T")
-
-
-class After(Protocol):
-    """`_after_answers` for the stores of this plan."""
-
-    def __call__(self, places: Iterable[str | None], check: Callable[[], T], /) -> Callable[[], T]:
-        """The check, after the stores of `places` have answered."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +68,6 @@ class Preflight:
     """Tokens of each prompt of JOB_EVAL__PROMPTS, at most."""
 
 
-def quick_storage(settings: Settings) -> StorageOptions:
-    """How to reach stores, with few tries. That one answers is checked first: see `first_answer`."""
-    storage = storage_options(settings.storage)
-    return replace(storage, retries=min(storage.retries, QUICK_TRIES))
-
-
 def check_run_inputs(settings: Settings, folder: Path, show: int, unread: JobError | None = None) -> Preflight:
     """Makes all checks; one that fails does not stop the others.
 
@@ -100,7 +76,7 @@ def check_run_inputs(settings: Settings, folder: Path, show: int, unread: JobErr
     """
     s, storage = settings, quick_storage(settings)
     access: dict[str, Any] = {"online": cache(is_reachable), "folder": folder, "storage": storage}
-    after = partial(_after_answers, answers_once(storage))
+    after = partial(after_answers, answers_once(storage))
     storage_check, seconds = run_check(
         "storage", after([s.run.output], lambda: _try_storage(s, storage, folder)), unreachable="wrong"
     )
@@ -146,22 +122,6 @@ def check_run_inputs(settings: Settings, folder: Path, show: int, unread: JobErr
         judge=judge,
         prompts=prompts,
     )
-
-
-def _after_answers(
-    require: Callable[[str], None], places: Iterable[str | None], check: Callable[[], T]
-) -> Callable[[], T]:
-    """The check, after the stores that it reads have answered: those of the URIs among `places`.
-
-    One that has not answered is not waited for again by each check.
-    """
-
-    def answered_check() -> T:
-        for place in places:
-            require(place or "")
-        return check()
-
-    return answered_check
 
 
 @dataclass(frozen=True)
@@ -399,83 +359,6 @@ def _preview_prompts(
     return "ok", f"{len(prompts):,} in {source}, the longest of {max(lengths):,} tokens", lengths
 
 
-def check_other_inputs(
-    settings: Settings,
-    storage: StorageOptions,
-    tasks: Tasks | None,
-    model: ModelFacts | None = None,
-    *,
-    after: After | None = None,
-) -> Iterator[PreflightResult]:
-    """Checks of the inputs that only some runs have."""
-    baseline, after = settings.gate.baseline, after or partial(_after_answers, answers_once(storage))
-
-    def check_baseline() -> Found[None]:
-        return "ok", f"the gate compares with run {read_baseline(baseline or '', storage).run}", None
-
-    if (push_targets := targets(settings.export)) and (reasons := why_not_served(plain_values(settings))):
-        yield PreflightResult("serving", "note", f"vLLM cannot serve this adapter unchanged: {'; '.join(reasons)}")
-    if settings.sign.key is not None:
-        yield run_check("signature", lambda: _check_key(settings.sign))[0]
-    for target in push_targets:
-        yield run_check(target.kind, lambda target=target: ("ok", target.check(), None))[0]  # type: ignore[misc]
-    if settings.lora.start is not None:
-        look = after([settings.lora.start], lambda: _check_start_adapter(settings, model, storage))
-        yield run_check("start", look)[0]
-    if baseline is not None:
-        yield run_check("baseline", after([baseline], check_baseline))[0]
-    if settings.gate.policy is not None or settings.gate.metric not in CHOICES:
-        yield run_check("gate", lambda: _check_gate(settings, tasks))[0]
-
-
-def _check_start_adapter(settings: Settings, model: ModelFacts | None, storage: StorageOptions) -> Found[None]:
-    """Whether the settings and the model fit the adapter that training starts from, if it is no hub id."""
-    start = settings.lora.start or ""
-    if is_remote(start):
-        with tempfile.TemporaryDirectory(prefix="qlora-job-plan-") as copy:
-            fetch_start(start, Path(copy), storage)
-            with naming(start, copy):
-                return _check_start_folder(settings, model, Path(copy))
-    if (folder := local_start(start)) is None:
-        raise NotChecked(f"{start}: an adapter of the hub is not fetched for a plan")
-    return _check_start_folder(settings, model, folder)
-
-
-def _check_start_folder(settings: Settings, model: ModelFacts | None, folder: Path) -> Found[None]:
-    lora = settings.lora
-    lora_settings, added = lora.model_dump(mode="json"), settings.model.add_tokens
-    check_start(folder, rank=lora.rank, alpha=lora.alpha, options=lora_settings, added_tokens=added)
-    if model is not None:
-        empty, options = build_empty(model.folder, read_config(model.folder)), adapter_options(settings)
-        check_start_fits(folder, empty, targets=lora.target_modules, rank=lora.rank, options=options)
-    return "ok", f"training continues from {lora.start}", None
-
-
-def _check_key(sign: Sign) -> Found[None]:
-    """Whether the key signs, and by which hash signatures will name it."""
-    password = None if sign.password is None else sign.password.get_secret_value()
-    pem = public_key(load_private_key(sign.key or "", password))
-    return "ok", f"{sign.key} signs the published files; its public key has the SHA-256 {key_id(pem)[:12]}", None
-
-
-def _check_gate(settings: Settings, tasks: Tasks | None) -> Found[None]:
-    """Whether the gate names what the run compares."""
-    gate = settings.gate
-    policy = None if gate.policy is None else read_policy(gate.policy)
-    if tasks is None:
-        raise NotChecked("which rules are possible depends on the tasks, which could not be read")
-    check_gate(tasks, gate.metric, policy, gate.policy, gate.only_choices)
-    if policy is None:
-        return "ok", f"the gate judges {gate.metric}", None
-    return "ok", f"the gate judges {len(policy.tasks)} tasks or groups by {gate.policy}", None
-
-
-def place_of_run(settings: Settings) -> str:
-    """Where the run will be, in words: an id that was generated for this command is not the one that it will have."""
-    output = settings.run.output.rstrip("/")
-    return f"a new run in {output}" if settings.sources.get("run.id") == "generated" else f"{output}/{settings.run.id}"
-
-
 def _try_storage(s: Settings, storage: StorageOptions, folder: Path) -> Found[float]:
     """A round trip in the run's own store; for a local output in a folder next to the run, which is removed again.
 
@@ -485,8 +368,3 @@ def _try_storage(s: Settings, storage: StorageOptions, folder: Path) -> Found[fl
     if is_remote(place):
         return round_trip(open_store(place, storage), place_of_run(s), folder)
     return local_round_trip(Path(s.run.output), place_of_run(s), folder)
-
-
-def adapter_options(settings: Settings) -> AdapterOptions:
-    """As in a run, but without the number of steps, which is unknown until the rows are counted."""
-    return make_options(dict(settings.lora), settings.train.max_steps or MANY_STEPS, settings.model.add_tokens)

@@ -41,7 +41,8 @@ from job.planning.forecast_time import (
     START_SECONDS,
 )
 from job.planning.gpu_prices import GPUS, PRICES
-from job.planning.input_checks import EXPORTED, Preflight, check_run_inputs, place_of_run
+from job.planning.input_checks import EXPORTED, Preflight, check_run_inputs
+from job.planning.plan_settings import place_of_run
 from job.planning.preflight import Found, PreflightResult, run_check
 from job.planning.run_shape import shape_of_run
 from job.planning.shown_rows import ShownRow

@@ -14,8 +14,9 @@ from job.common.formatting import size
 from job.common.tables import aligned, visible
 from job.errors import JobError, Problem, SettingsError
 from job.planning.forecast import Estimate, GpuForecast
-from job.planning.input_checks import EXPORTED, quick_storage
+from job.planning.input_checks import EXPORTED
 from job.planning.plan import Plan, make_plan
+from job.planning.plan_settings import quick_storage
 from job.planning.shown_rows import CLOSE, OPEN, as_lines
 from job.records import RecordedSettings
 from job.results.exported_run import recorded_settings
@@ -190,7 +191,7 @@ def _gpus(plan: Plan) -> str:
     if {gpu.hours for gpu in plan.gpus if gpu.fits} == {None}:
         read = "data and questions that were read" if plan.trains else "questions that were read"
         lines.append(f"hours and USD: only for {read}, and in bf16 or fp16 (JOB_MODEL__DTYPE)")
-    lines += [f"{gpu.name}: {gpu.note}" for gpu in plan.gpus if gpu.note]
+    lines += _folded([(f"{gpu.name}: ", gpu.note) for gpu in plan.gpus if gpu.note])
     if not all(gpu.main_memory_enough for gpu in plan.gpus):
         lines.append("yes, with main memory: on a machine with so much; how much the one of the price has is not known")
     priced = [gpu for gpu in plan.gpus if gpu.fits and gpu.main_memory_enough and gpu.usd is not None]

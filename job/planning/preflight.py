@@ -1,14 +1,14 @@
 """How `plan` makes a check before a GPU is paid for. `preflight_store`, `_models`, `_data`, `_export` have the checks.
 
 To add one: write a function there that returns `Found` (or raises NotChecked, or the JobError that the job would end
-with), and call it by `run_check` in `input_checks.check_run_inputs`.
+with), and call it by `run_check` in `input_checks.check_run_inputs`, or in `other_input_checks` if few runs need it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from job.errors import JobError, Unreachable
 
@@ -57,3 +57,26 @@ def run_check(
     except JobError as error:
         return PreflightResult(name, "wrong", str(error), error), None
     return PreflightResult(name, state, text), value
+
+
+class After(Protocol):
+    """`after_answers` for the stores of this plan."""
+
+    def __call__(self, places: Iterable[str | None], check: Callable[[], T], /) -> Callable[[], T]:
+        """The check, after the stores of `places` have answered."""
+
+
+def after_answers(
+    require: Callable[[str], None], places: Iterable[str | None], check: Callable[[], T]
+) -> Callable[[], T]:
+    """The check, after the stores that it reads have answered: those of the URIs among `places`.
+
+    One that has not answered is not waited for again by each check.
+    """
+
+    def answered_check() -> T:
+        for place in places:
+            require(place or "")
+        return check()
+
+    return answered_check

@@ -95,35 +95,18 @@ def preview_data(
         validation: What to validate on.
         reading: Further arguments of `load_rows`.
     """
-    split = reading["split"]
-    downloads = [
-        _look_up_source(part.location, part.revision or revision, storage, split=split, online=online)
-        for part in parse_sources(source)
-    ]
-    download = sum(size for size, _ in downloads)
-    licence = "; ".join(sorted({licence for _, licence in downloads if licence})) or None
-    _require_small(source, download)
+    download, licence = _look_up_sources(source, revision, storage, split=reading["split"], online=online)
+    if isinstance(validation, ValidationSource):
+        validation, validation_bytes = _fetch_validation(validation, folder, storage, online)
+        download += validation_bytes
+    with named_by("JOB_DATA__SOURCE", ": "):
+        sources = locate_sources(source, lambda location, kind: fetch(location, folder / kind, storage))
     shown: list[ShownRow] = []
 
-    def keep(item: Encoded | EncodedAnswers) -> None:
+    def show_first(item: Encoded | EncodedAnswers) -> None:
         if tokenizer is not None and len(shown) < show:
             shown.append(show_row(item, tokenizer))
 
-    if isinstance(validation, ValidationSource):
-        validation_bytes, _ = _look_up_source(
-            validation.name,
-            validation.revision,
-            storage,
-            "JOB_DATA__VALIDATION",
-            split=validation.split,
-            online=online,
-        )
-        _require_small(validation.name, validation_bytes)
-        download += validation_bytes
-        with named_by("JOB_DATA__VALIDATION", ": "):
-            validation = replace(validation, location=fetch(validation.location, folder / "validation", storage))
-    with named_by("JOB_DATA__SOURCE", ": "):
-        sources = locate_sources(source, lambda location, kind: fetch(location, folder / kind, storage))
     examples, held_out, record = load_rows(
         sources,
         validation,
@@ -131,11 +114,10 @@ def preview_data(
         max_length=NO_LIMIT if tokenizer is None else max_length,
         tokenizer=tokenizer or CharacterTokenizer(CHARACTERS_PER_TOKEN),
         name=source,
-        on_example=keep,
+        on_example=show_first,
         processes=usable_cpus(),
         **reading,
     )
-    text = _describe_rows(record)
     facts = DataFacts(
         examples=examples,
         estimated=tokenizer is None,
@@ -149,10 +131,50 @@ def preview_data(
         long_rows=record.long_rows,
         longest_at=record.longest_at,
     )
+    text = _describe_rows(record)
     if tokenizer is not None:
         return "ok", text, facts
     too_long = sum(length > max_length for length in lengths_of(examples))
     return "note", f"{text}; tokens are estimated{f', so {too_long} rows may be too long' if too_long else ''}", facts
+
+
+def _look_up_sources(
+    source: str, revision: str | None, storage: StorageOptions, *, split: str, online: Online
+) -> tuple[int, str | None]:
+    """(bytes to download of all sources of JOB_DATA__SOURCE, their licences).
+
+    Raises:
+        NotChecked: They are too large to be downloaded for a plan.
+    """
+    downloads = [
+        _look_up_source(part.location, part.revision or revision, storage, split=split, online=online)
+        for part in parse_sources(source)
+    ]
+    download = sum(size for size, _ in downloads)
+    _require_small(source, download)
+    return download, "; ".join(sorted({licence for _, licence in downloads if licence})) or None
+
+
+def _fetch_validation(
+    validation: ValidationSource, folder: Path, storage: StorageOptions, online: Online
+) -> tuple[ValidationSource, int]:
+    """(the source of JOB_DATA__VALIDATION with its place on this disk, bytes to download).
+
+    Raises:
+        NotChecked: It is too large to be downloaded for a plan.
+    """
+    download, _ = _look_up_source(
+        validation.name,
+        validation.revision,
+        storage,
+        "JOB_DATA__VALIDATION",
+        split=validation.split,
+        online=online,
+    )
+    _require_small(validation.name, download)
+    with named_by("JOB_DATA__VALIDATION", ": "):
+        location = fetch(validation.location, folder / "validation", storage)
+    return replace(validation, location=location), download
 
 
 def _require_small(source: str, download_bytes: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from shutil import copyfile
@@ -12,13 +12,14 @@ from typing import Any
 
 from job.audit.safety import SETTING as SAFETY_SETTING
 from job.audit.safety import unsafe_labels
-from job.common.formatting import size
-from job.errors import DataError, Problem, SettingsError, naming
+from job.common.formatting import first_line, size
+from job.errors import DataError, JobError, Problem, SettingsError, named_by, naming
 from job.evaluation.principles import question, read_principles
 from job.model.adapter_options import PLAIN, AdapterOptions, described
-from job.model.architecture import Architecture, read_config
+from job.model.architecture import Architecture
+from job.model.architecture import read_config as read_architecture
 from job.model.families import fused_family, why_not_recorded
-from job.model.files import weight_files
+from job.model.files import check_weights, read_config, weight_files
 from job.model.load_base import inspect
 from job.model.lora import count_parameters
 from job.model.start_adapter import CONFIG as START_CONFIG
@@ -27,12 +28,13 @@ from job.model.start_adapter import WEIGHTS as START_WEIGHTS
 from job.model.target_modules import linear_weights, resolve_targets
 from job.model.text_classifier import Labels
 from job.model.tokenizer import load_tokenizer
+from job.model.weight_file_check import check_weight_files
 from job.planning.auxiliary_models import count_weights
 from job.planning.known_models_and_data import CHARACTERS_PER_TOKEN
 from job.planning.preflight import HUB_UNREACHABLE, Found, NotChecked, Online
 from job.settings.field_types import is_server
 from job.storage.hub import SMALL_FILES, cached_model, local_model, peek_model
-from job.storage.open import StorageOptions, bytes_to_fetch, is_remote, open_store
+from job.storage.open import StorageOptions, bytes_to_fetch, download_listed, is_remote, listed_files, open_store
 
 MOSTLY = 0.5
 """The plan notes if less than this share of the weights would be quantized; in most models it is more."""
@@ -49,11 +51,13 @@ class ModelFacts:
         folder: Has its configuration and tokenizer.
         architecture: None if the memory formulas do not cover it.
         download_bytes: Bytes that the job has to fetch; None if the files' sizes are unknown.
+        is_here: Whether the folder is the user's, with the weights.
     """
 
     folder: Path
     architecture: Architecture | None
     download_bytes: int | None
+    is_here: bool = False
 
 
 def preview_model(
@@ -74,21 +78,25 @@ def preview_model(
         storage: How to reach stores.
     """
     download: int | None
+    is_here = False
     if is_remote(source):
         model_folder, weights = _fetch_small_files(source, folder, storage)
         sentence, download = f"{source} can be read", bytes_to_fetch(source, storage)
     elif (local := local_model(source)) is not None:
-        model_folder, weights, download = local, sum(1 for _ in local.glob("*.safetensors")), 0
-        sentence = f"{source} is here"
+        model_folder, weights, download = local, len(check_weight_files(local)), 0
+        sentence, is_here = f"{source} is here", True
     else:
         model_folder, weights, download, sentence = _look_up_on_hub(source, revision, online=online)
     if not weights:
         raise DataError([Problem("JOB_MODEL__ID", f"{source} has no weights in safetensors")])
+    _check_config(model_folder, source)
+    facts = ModelFacts(model_folder, None, download, is_here)
     try:
-        architecture = read_config(_config(model_folder, source))
-    except ValueError as error:
-        return "note", f"{sentence}; no figures: {error}", ModelFacts(model_folder, None, download)
-    return "ok", sentence, ModelFacts(model_folder, architecture, download)
+        # As a run reads it: with transformers' defaults for what config.json does not say.
+        architecture = read_architecture(read_config(model_folder).to_dict())
+    except (JobError, ValueError) as error:  # a JobError is raised by the check of the adapter
+        return "note", f"{sentence}; no figures: {first_line(error, 200)}", facts
+    return "ok", sentence, replace(facts, architecture=architecture)
 
 
 def files_without_weights(model: Path, folder: Path) -> Path:
@@ -138,6 +146,8 @@ def preview_adapter(
     config, empty = inspect(
         model.folder, max_length=max_length, targets=targets, rank=rank, options=options, problems=problems
     )
+    if model.is_here:
+        check_weights(model.folder, config, empty)
     modules = tuple(sorted(resolve_targets(empty, targets)))
     names = ", ".join(modules)
     linear, total = (sum(p.numel() for p in part) for part in (linear_weights(empty), empty.parameters()))
@@ -277,15 +287,14 @@ def _auxiliary_model(
     return model_folder, weight_bytes, download
 
 
-def _config(folder: Path, source: str) -> dict[str, Any]:
-    """The model's config.json."""
+def _check_config(folder: Path, source: str) -> None:
+    """Refuses a config.json that is none at all, by the name that the settings have for the model."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError([Problem("JOB_MODEL__ID", f"{source} has no config.json that can be read: {error}")]) from error
     if not isinstance(config, dict):
         raise DataError([Problem("JOB_MODEL__ID", f"{source} has a config.json that is not a JSON object")])
-    return config
 
 
 def _look_up_on_hub(source: str, revision: str | None, *, online: Online) -> tuple[Path, int, int | None, str]:
@@ -296,22 +305,23 @@ def _look_up_on_hub(source: str, revision: str | None, *, online: Online) -> tup
         return folder, weights, sum(files.values()), f"{source} can be fetched from the hub"
     cached = cached_model(source, revision)
     if cached is None or not (cached / "config.json").exists():
-        raise NotChecked(f"{source} is not in the cache, and {HUB_UNREACHABLE}")
+        raise NotChecked(f"{source} is no folder here and not in the cache, and {HUB_UNREACHABLE}")
     return cached, 1, None, f"{source} is in the cache; for its weights {HUB_UNREACHABLE}"
 
 
 def _fetch_small_files(source: str, folder: Path, storage: StorageOptions) -> tuple[Path, int]:
     """Copies everything but the weights; returns the folder and the number of weight files."""
     store = open_store(source, storage)
-    objects = list(store.list())
-    if not objects:
+    with named_by("JOB_MODEL__ID", ": "):
+        files = listed_files(store, source)
+    if not files:
         raise SettingsError([Problem("JOB_MODEL__ID", f"there is nothing at {source}; correct the URI")])
     target = folder / "model"
     target.mkdir()
-    for info in objects:
-        if "/" not in info.key and not info.key.endswith(".safetensors") and info.bytes <= MAX_SMALL_BYTES:
-            store.download(info.key, target / info.key)
-    return target, sum(info.key.endswith(".safetensors") for info in objects)
+    for name, info in files.items():
+        if "/" not in name and not name.endswith(".safetensors") and info.bytes <= MAX_SMALL_BYTES:
+            download_listed(store, info, target / name)
+    return target, sum(name.endswith(".safetensors") for name in files)
 
 
 def fetch_start(uri: str, folder: Path, storage: StorageOptions) -> None:
@@ -325,13 +335,13 @@ def fetch_start(uri: str, folder: Path, storage: StorageOptions) -> None:
     """
     store = open_store(uri, storage)
     names = (START_CONFIG, START_WEIGHTS, START_TOKENIZER)
-    sizes = {name: info.bytes for name in names for info in store.list(name) if info.key == name}
-    if not sizes and next(store.list(), None) is None:
+    there = {name: info for name in names for info in store.list(name) if info.key == name}
+    if not there and next(store.list(), None) is None:
         what = f"{uri}: there is no such object, and nothing below it; correct the URI"
         raise SettingsError([Problem("JOB_LORA__START", what)])
-    if missing := [name for name in names[:2] if name not in sizes]:
+    if missing := [name for name in names[:2] if name not in there]:
         raise DataError([Problem("JOB_LORA__START", f"{uri} has no {' and no '.join(missing)}; correct the URI")])
-    if (total := sum(sizes.values())) > MAX_START_BYTES:
+    if (total := sum(info.bytes for info in there.values())) > MAX_START_BYTES:
         raise NotChecked(f"{uri} is there, and has {size(total, ' ')}, too much to fetch for a plan")
-    for name, most in sizes.items():
-        store.download(name, folder / name, max_bytes=most)
+    for name, info in there.items():
+        download_listed(store, info, folder / name)

@@ -17,7 +17,8 @@ from job.model.experts import left_plain
 from job.planning import known_models_and_data as known
 from job.planning.auxiliary_models import AuxiliaryModel, judging, screening
 from job.planning.forecast_input import HALF_PRECISION, Basis, ForwardWork, RunShape
-from job.planning.input_checks import Preflight, adapter_options
+from job.planning.input_checks import Preflight
+from job.planning.plan_settings import adapter_options
 from job.planning.preflight import PreflightResult
 from job.planning.preflight_data import DataFacts
 from job.planning.workload import Workload, count, scale

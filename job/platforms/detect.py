@@ -18,7 +18,9 @@ from job.errors import SettingsError, UnfitMachine
 # Kubernetes puts the addresses of all Services whose names begin with "job" into every pod (JOB_TRACKER_SERVICE_HOST,
 # JOB_TRACKER_PORT_443_TCP_ADDR), and the pod's number into those of an Indexed Job, which is read here.
 _COMPLETION_INDEX = "JOB_COMPLETION_INDEX"
-_SERVICE = re.compile(r"JOB_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")
+_SERVICE = re.compile(r"JOB_(\w+_)?(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
+# The value of this one is an address, tcp://10.0.0.1:443. With a number, JOB_METRICS_PORT is a mistyped setting.
+_SERVICE_ADDRESS = re.compile(r"JOB_(\w+_)?PORT")
 
 # To add a name: only one that is not a setting's name with another number of underscores, which would be a typo.
 _FOREIGN = {
@@ -108,9 +110,12 @@ class Platform:
                 raise
             raise UnfitMachine(str(error)) from None
 
-    def sets(self, variable: str) -> bool:
-        """Whether the platform (or what starts the job there) sets this `JOB_` variable, not the user."""
-        return is_foreign(variable) or (self.name == "kubernetes" and _SERVICE.fullmatch(variable) is not None)
+    def sets(self, variable: str, value: str = "") -> bool:
+        """Whether the platform (or what starts the job there) sets this `JOB_` variable to this value, not the user."""
+        if is_foreign(variable) or self.name != "kubernetes":
+            return is_foreign(variable)
+        address = _SERVICE_ADDRESS.fullmatch(variable) is not None and not value.strip().isdecimal()
+        return address or _SERVICE.fullmatch(variable) is not None
 
     def reads(self, variable: str) -> bool:
         """Whether a variable that is foreign elsewhere says something here."""

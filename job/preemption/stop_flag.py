@@ -49,7 +49,7 @@ LAST_SECONDS = 0.5
 """A process that has not ended by this time before the kill ends itself."""
 _LONGEST_WAIT = 3600.0
 """Seconds; `poll` takes no more than 24 days."""
-_GOES_ON = "start the run again with the same id: it goes on after its last checkpoint or finished stage"
+_GOES_ON = "start the run again with its JOB_RUN__ID: it goes on after its last checkpoint or finished stage"
 _NO_MORE_SIGNALS = b"\0"
 """Written to the pipe of signal numbers when it is not read any more; no signal has this number."""
 
@@ -106,7 +106,7 @@ class StopFlag:
             Preempted: `request` was called.
         """
         if self.reason is not None:
-            raise Preempted(f"stopped by {self.reason}; start the run again with the same id to resume it")
+            raise Preempted(f"stopped by {self.reason}; start the run again with its JOB_RUN__ID to resume it")
 
 
 @dataclass(frozen=True)
@@ -148,12 +148,12 @@ def decide(timings: Timings, remaining: float, step_left: float = 1.0) -> StopPl
         restored.
     """
     publish = timings.save + timings.upload
-    if step_left > 0 and _fits(step_left * timings.step + publish, remaining):
+    if step_left > 0 and _in_time(step_left * timings.step + publish, remaining):
         return "finish_step"
-    return "save_now" if _fits(publish, remaining) else "too_late"
+    return "save_now" if _in_time(publish, remaining) else "too_late"
 
 
-def _fits(seconds: float, remaining: float) -> bool:
+def _in_time(seconds: float, remaining: float) -> bool:
     return seconds * (1 + SPARE_SHARE) + SPARE_SECONDS <= remaining
 
 

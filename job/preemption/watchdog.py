@@ -48,7 +48,9 @@ def watch(stall_seconds: float, on_stall: Callable[[str], None]) -> Iterator[Cal
 def _guard(stall_seconds: float, progressed: Event, finished: Event, on_stall: Callable[[str], None]) -> None:
     silent = 0
     while silent < TICKS:
-        faulthandler.dump_traceback_later(2 * stall_seconds, exit=True, file=_STDERR)
+        # It starts a thread, for which memory or the limit of processes may not suffice; this thread must not end then.
+        with contextlib.suppress(RuntimeError):
+            faulthandler.dump_traceback_later(2 * stall_seconds, exit=True, file=_STDERR)
         if finished.wait(stall_seconds / TICKS):
             return
         silent = 0 if progressed.is_set() else silent + 1
@@ -65,6 +67,7 @@ def _end(message: str, on_stall: Callable[[str], None]) -> None:
         os.write(_STDERR, f"\n{message}\n".encode())
     faulthandler.dump_traceback(file=_STDERR, all_threads=True)
     callback = Thread(target=on_stall, args=(message,), daemon=True)
-    callback.start()
-    callback.join(CALLBACK_SECONDS)
+    with contextlib.suppress(RuntimeError, MemoryError):  # the system starts no more threads: the exit code has to do
+        callback.start()
+        callback.join(CALLBACK_SECONDS)
     os._exit(Stalled.exit_code)

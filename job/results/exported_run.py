@@ -51,7 +51,7 @@ from job.runs.open_attempt import TakeOver
 from job.runs.run_log import parse_logged, read_exported_run
 from job.runs.run_settings import parse_settings
 from job.storage.base import upload_in_turn, write_in_turn
-from job.storage.open import ObjectStore, StorageOptions, TooLarge, is_key, open_store
+from job.storage.open import ObjectStore, StorageOptions, TooLarge, download_listed, is_key, open_store
 from job.storage.verified_download import altered, fetch_artifact
 
 SETTING = "JOB_EXPORT__RUN"
@@ -305,12 +305,14 @@ def _copy_first_stage(run: PublishedRun, store: ObjectStore, folder: Path, check
         check_stop()
         _copy_file(run, store, file, folder)
     # The others carry seals of their own, or are signatures.
-    there, listed = [info.key for info in run.store.list(FIRST_STAGE)], {file.path for file in files}
-    for path in [path for path in there if is_key(path) and path not in listed and not is_leftover(_below(path))]:
+    there, hashed_paths = list(run.store.list(FIRST_STAGE)), {file.path for file in files}
+    for info in there:
+        if not is_key(info.key) or info.key in hashed_paths or is_leftover(_below(info.key)):
+            continue
         check_stop()
-        run.store.download(path, folder / path)
-        upload_in_turn(store, folder / path, path)
-        (folder / path).unlink()
+        download_listed(run.store, info, folder / info.key)
+        upload_in_turn(store, folder / info.key, info.key)
+        (folder / info.key).unlink()
 
 
 def _below(path: str) -> str:

@@ -35,7 +35,7 @@ from job.runs.layout import (
     checkpoint_part,
 )
 from job.storage.base import PROBE, is_copy_mark
-from job.storage.open import ObjectStore, is_key
+from job.storage.open import ObjectStore, download_listed, is_key
 
 
 def is_evidence(key: str, last_attempt: int) -> bool:
@@ -79,7 +79,7 @@ def collect(store: ObjectStore, work: Path, last_attempt: int) -> list[Artifact]
     for info in store.list():
         if is_key(info.key) and is_evidence(info.key, last_attempt):
             path = work / info.key
-            store.download(info.key, path, max_bytes=info.bytes)
+            download_listed(store, info, path)
             evidence.append(Artifact(info.key, path.stat().st_size, hash_file(path)))
             path.unlink()
     return evidence

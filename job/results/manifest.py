@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,72 +37,77 @@ SCHEMA = Path(__file__).parents[1].joinpath("results.schema.json")
 VERSION = "1.0"
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunSection:
+    """The manifest's `run`.
+
+    `part_of` is the id of the run that this one is the first stage of, `exported_run` the finished one that it exports.
+    """
+
+    id: str
+    attempts: Sequence[AttemptRecord]
+    finished: str
+    part_of: str | None = None
+    exported_run: ExportedRun | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSection:
+    """The manifest's `evaluation`; of what a run does not have, it lacks the field.
+
+    Attributes:
+        tasks: From `compare_tasks`.
+        measured: From `compare_measured`.
+        groups: From `compare_groups`.
+        full_precision: From `full_precision_record`.
+        near_ties: From `compare_near_ties`.
+        precision: That of all scores but an export's.
+        prompts: Those of JOB_EVAL__PROMPTS.
+        unsafe_answers: How many answers to them are unsafe, by side.
+        principles: What a judge says of them.
+    """
+
+    tasks: Mapping[str, Any]
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    groups: Mapping[str, Any] = field(default_factory=dict)
+    full_precision: Mapping[str, Any] | None = None
+    near_ties: Mapping[str, Any] | None = None
+    precision: ScoringPrecision | None = None
+    prompts: PromptsRecord | None = None
+    unsafe_answers: Mapping[str, int] | None = None
+    principles: Mapping[str, Any] | None = None
+
+
 def build(
     *,
-    run_id: str,
-    part_of: str | None = None,
-    exported_run: ExportedRun | None = None,
+    run: RunSection,
     settings: Mapping[str, Any],
-    attempts: Sequence[AttemptRecord],
-    finished: str,
     model: ModelRecord,
     dataset: DatasetRecord,
     training: TrainingRecord,
-    tasks: Mapping[str, Any],
-    measured: Mapping[str, Any] | None = None,
-    groups: Mapping[str, Any] | None = None,
+    evaluation: EvaluationSection,
+    exports: Sequence[Mapping[str, Any]] = (),
     gate: Mapping[str, Any],
     artifacts: Sequence[Artifact],
     evidence: Sequence[Artifact],
-    exports: Sequence[Mapping[str, Any]] = (),
-    full_precision: Mapping[str, Any] | None = None,
-    near_ties: Mapping[str, Any] | None = None,
-    precision: ScoringPrecision | None = None,
+    gpus: Sequence[Mapping[str, Any]] | None = None,
     image_digest: str | None,
     on_demand_usd_per_hour: float | None,
-    gpus: Sequence[Mapping[str, Any]] | None = None,
-    prompts: PromptsRecord | None = None,
-    unsafe_answers: Mapping[str, int] | None = None,
-    principles: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The sealed manifest.
 
-    `tasks` is from `compare_tasks`, `measured` from `compare_measured`, `groups` from `compare_groups`, `gate` from
-    `evaluate_gate`, `exports` from `exports_record`, `full_precision` from `full_precision_record`, `near_ties` from
-    `compare_near_ties`. `precision` is that of all scores but an export's. `gpus` are those of all processes, each of
-    which sees only its own; None for those of this one. `part_of` is the id of the run that this one is the first stage
-    of, `exported_run` the finished one that it exports, `prompts` are those of JOB_EVAL__PROMPTS; `unsafe_answers` says
-    how many answers to them are, by side, and `principles` what a judge says of them.
-    The schema explains every field.
+    `exports` is from `exports_record`, `gate` from `evaluate_gate`. `gpus` are those of all processes, each of which
+    sees only its own; None for those of this one. The schema explains every field.
     """
     return _with_compute(
         {
             "schema_version": VERSION,
-            "run": {
-                "id": run_id,
-                **({} if part_of is None else {"part_of": part_of}),
-                **({} if exported_run is None else {"exported_run": asdict(exported_run)}),
-                "status": "complete",
-                "attempts": [asdict(attempt) for attempt in attempts],
-                "started": attempts[0].started,
-                "finished": finished,
-            },
+            "run": _run(run),
             "settings": settings,
             "model": asdict(model),
             "dataset": with_reasons(asdict(dataset)),
             "training": asdict(training),
-            "evaluation": {
-                "harness": {"name": "lm-eval", "version": metadata.version("lm-eval")},
-                "tasks": tasks,
-                **({"measured": measured} if measured else {}),
-                **({"groups": groups} if groups else {}),
-                **({} if full_precision is None else {"full_precision": full_precision}),
-                **({} if near_ties is None else {"near_ties": near_ties}),
-                **({} if precision is None else {"precision": asdict(precision)}),
-                **({} if prompts is None else {"prompts": asdict(prompts)}),
-                **({} if unsafe_answers is None else {"unsafe_answers": dict(unsafe_answers)}),
-                **({} if principles is None else {"principles": dict(principles)}),
-            },
+            "evaluation": _evaluation(evaluation),
             "exports": list(exports),
             "gate": gate,
             "artifacts": [asdict(artifact) for artifact in sorted(artifacts, key=lambda a: a.path)],
@@ -118,13 +123,40 @@ def build(
                 "image_digest": image_digest,
             },
             "cost": compute_cost(
-                attempts,
+                run.attempts,
                 training.seconds,
                 on_demand_usd_per_hour,
-                taken_over=() if exported_run is None else exported_run.last_attempts,
+                taken_over=() if run.exported_run is None else run.exported_run.last_attempts,
             ),
         }
     )
+
+
+def _run(section: RunSection) -> dict[str, Any]:
+    return {
+        "id": section.id,
+        **({} if section.part_of is None else {"part_of": section.part_of}),
+        **({} if section.exported_run is None else {"exported_run": asdict(section.exported_run)}),
+        "status": "complete",
+        "attempts": [asdict(attempt) for attempt in section.attempts],
+        "started": section.attempts[0].started,
+        "finished": section.finished,
+    }
+
+
+def _evaluation(section: EvaluationSection) -> dict[str, Any]:
+    return {
+        "harness": {"name": "lm-eval", "version": metadata.version("lm-eval")},
+        "tasks": section.tasks,
+        **({"measured": section.measured} if section.measured else {}),
+        **({"groups": section.groups} if section.groups else {}),
+        **({} if section.full_precision is None else {"full_precision": section.full_precision}),
+        **({} if section.near_ties is None else {"near_ties": section.near_ties}),
+        **({} if section.precision is None else {"precision": asdict(section.precision)}),
+        **({} if section.prompts is None else {"prompts": asdict(section.prompts)}),
+        **({} if section.unsafe_answers is None else {"unsafe_answers": dict(section.unsafe_answers)}),
+        **({} if section.principles is None else {"principles": dict(section.principles)}),
+    }
 
 
 def _with_compute(built: Mapping[str, Any]) -> dict[str, Any]:

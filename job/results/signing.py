@@ -105,19 +105,19 @@ def load_private_key(path: str, password: str | None) -> EllipticCurvePrivateKey
 _HOW_TO_MAKE = "make one with: openssl ecparam -name prime256v1 -genkey -noout -out key.pem"
 
 
-def load_public_key(path: str, where: str = "--key") -> str:
+def load_public_key(path: str) -> str:
     """The public key in a PEM file, as normalized PEM, in which keys are compared.
 
     Raises:
         SettingsError: There is no key, or its kind is not supported.
     """
-    data = _read(where, path)
+    data = _read("--key", path)
     try:
-        return _pem(_parsed_key(data, where))
+        return _pem(_parsed_key(data, "--key"))
     except ValueError:
         pass
     what = f"{path} is not a public key in PEM format for signatures of models; make it from the private one: "
-    raise SettingsError([Problem(where, what + "openssl ec -in key.pem -pubout -out pub.pem")])
+    raise SettingsError([Problem("--key", what + "openssl ec -in key.pem -pubout -out pub.pem")])
 
 
 def _read(where: str, path: str) -> bytes:

@@ -83,6 +83,7 @@ def _rows(status: RunStatus) -> Iterator[tuple[str, str]]:
         "stages done": ", ".join(status.stages_done),
         "checkpoints": _if(status.attempt, lambda _: _checkpoint_steps(status.checkpoints)),
         "next attempt": _if(status.resume, _resume),
+        "to resume": _to_resume(status),
         f"attempt {end.attempt if end else 0} ended": _if(end, lambda end: _end(end, status.attempt)),
         "likely cause": status.likely,
         "what to change": FIX if status.likely or (end and end.outcome == "killed" and end.why) else None,
@@ -140,6 +141,17 @@ def _resume(resume: Resume) -> str:
         return "begins anew: no stage is finished"
     repeated = f"; training begins anew{repeated}" if repeated else ""
     return f"goes on after stage {resume.after_stage}{repeated}"
+
+
+def _to_resume(status: RunStatus) -> str | None:
+    """How a run that waits for its next attempt is started: its id may have been generated, and then nobody set it.
+
+    An export has an id that the job makes of another run's.
+    """
+    waits = status.resume is not None and status.state in {"preempted", "killed", "failed"}
+    if not waits or status.exported_run is not None:
+        return None
+    return f"the same command with JOB_RUN__ID={status.run.rstrip('/').rpartition('/')[2]}"
 
 
 def _end(end: AttemptEnd, newest: int | None) -> str:

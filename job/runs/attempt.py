@@ -122,6 +122,8 @@ class Attempt:
     """Tag of this attempt's record as it wrote it last."""
     _over: bool = False
     """Whether the attempt's end is recorded: what is noted later, such as by a thread, must not overwrite it."""
+    _intact: set[Artifact] = field(default_factory=set)
+    """What of finished stages this attempt has found to be there byte for byte."""
     _noting: Lock = field(default_factory=Lock)
     _began: float = field(default_factory=time.monotonic)
     _next_note: float = field(default_factory=time.monotonic)
@@ -146,7 +148,7 @@ class Attempt:
         Raises:
             Preempted: The job has to end.
         """
-        self.processes.share("pause", self._pause)
+        self.processes.broadcast("pause", self._pause)
 
     def _pause(self) -> None:
         if seconds := idle_pause(self.idle_before):
@@ -229,7 +231,7 @@ class Attempt:
 
     def _stages_so_far(self) -> dict[str, float]:
         """Seconds by stage, including the current one: a killed attempt is known by its last note."""
-        stage = self._stage  # notes are written by the publisher's thread too
+        stage = self._stage  # notes are written by the uploader's thread too
         if stage is None:
             return dict(self.stage_seconds)
         name, began = stage
@@ -247,7 +249,7 @@ class Attempt:
         All processes compute; process 0's result is shared with all of them. The others may return None.
         """
         name, adapter = stage.value, adapter_of(kind)
-        kept = self.processes.share(f"record of {name}", lambda: self._kept(name, adapter, objection))
+        kept = self.processes.broadcast(f"record of {name}", lambda: self._valid_record(name, adapter, objection))
         if kept is not None:
             if name not in self.stage_seconds:
                 log.get_logger().info("stage was finished by an earlier attempt", stage=name)
@@ -256,8 +258,8 @@ class Attempt:
             result = compute()
             record = "" if result is None else adapter.dump_json(result).decode()
             if self.processes.leads:
-                self.keep(name, record)
-        record = self.processes.share(f"result of {name}", lambda: record)
+                self.write_record(name, record)
+        record = self.processes.broadcast(f"result of {name}", lambda: record)
         self.note("running")
         return adapter.validate_json(record)
 
@@ -281,11 +283,14 @@ class Attempt:
         return record is not None and not self._gone(record)
 
     def _gone(self, record: Any) -> list[str]:
-        """What a stage published, by path, that is missing or damaged."""
+        """What a stage published, by path, that is missing or damaged. What was intact is not downloaded again."""
         artifacts = getattr(record, "artifacts", ())
-        return missing(self.store, artifacts) or self.damaged(artifacts)
+        gone = missing(self.store, artifacts) or self.damaged(one for one in artifacts if one not in self._intact)
+        if not gone:
+            self._intact.update(artifacts)
+        return gone
 
-    def keep(self, name: str, record: str) -> None:
+    def write_record(self, name: str, record: str) -> None:
         """Writes a record (a JSON object) that `recorded` and `stage` read in later attempts."""
         key = stage_key(name)
         tag = self.store.tag(key)
@@ -307,7 +312,7 @@ class Attempt:
             return None
         return record
 
-    def _kept(self, name: str, adapter: TypeAdapter[Any], objection: Callable[[Any], str]) -> str | None:
+    def _valid_record(self, name: str, adapter: TypeAdapter[Any], objection: Callable[[Any], str]) -> str | None:
         """The record of a stage, if there is a valid one."""
         record = self._read_record(name, adapter)
         if record is not None and (why := objection(record)):

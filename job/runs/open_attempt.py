@@ -82,15 +82,15 @@ def open_attempt(
         SettingsError: The run began with other settings, or the machines of the run do not have the same store.
     """
     check_stop = partial(_check_stop, processes, stop, report_progress)
-    of_run = processes.share(
+    of_run = processes.broadcast(
         "settings of the run",
         lambda: compare_settings(store, settings, defaults) if take_over is None else dict(take_over.settings),
     )
     lease = None
     if processes.leads:
         lease = take(store, platform.node() or "unknown", 0 if take_over is None else take_over.attempts)
-    number = processes.share("attempt", lambda: lease.epoch if lease else 0)
-    holder = processes.share("holder of the lease", lambda: lease.holder if lease else "")
+    number = processes.broadcast("attempt", lambda: lease.epoch if lease else 0)
+    holder = processes.broadcast("holder of the lease", lambda: lease.holder if lease else "")
     log.bind(attempt=number)
     if not processes.leads and processes.place.local_rank == 0:
         check_same_store(store, holder, check_stop)
@@ -113,7 +113,7 @@ def open_attempt(
                 _read_attempts_before(attempt, store, idle)
             if take_over is not None:
                 _take_over(attempt, store, take_over)
-            attempt.begins_export = processes.share("whether a run is taken over", lambda: take_over is not None)
+            attempt.begins_export = processes.broadcast("whether a run is taken over", lambda: take_over is not None)
             attempt.note("running")
             yield attempt
         except Replaced:

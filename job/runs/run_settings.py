@@ -28,7 +28,7 @@ def agree_on_settings(processes: Processes, settings: Mapping[str, Any]) -> None
         SettingsError: With every setting that is different here.
     """
     first, own_values = (
-        json.loads(json.dumps(given)) for given in (processes.share("settings", lambda: settings), settings)
+        json.loads(json.dumps(given)) for given in (processes.broadcast("settings", lambda: settings), settings)
     )
     if different := [name for name in own_values if own_values[name] != first.get(name)]:
         rank = processes.place.rank
@@ -41,7 +41,7 @@ def agree_on_settings(processes: Processes, settings: Mapping[str, Any]) -> None
         )
 
 
-def keep_settings(store: ObjectStore, settings: Mapping[str, Any]) -> None:
+def write_settings(store: ObjectStore, settings: Mapping[str, Any]) -> None:
     """Stores the settings that the run begins with, once the model and data that they name were found.
 
     Args:

@@ -49,6 +49,13 @@ _ONLY_FOR: dict[str, tuple[MethodName, ...]] = {
     "train.loss_on": ("sft",),
 }
 """Setting -> the methods with which it has an effect."""
+_OF = {
+    "export.hub_private": "export.hub",
+    "export.oci_plain_http": "export.oci",
+    "sign.password": "sign.key",
+    "cost.on_demand_usd_per_hour": "cost.usd_per_hour",
+}
+"""Setting -> the one without which it has no effect."""
 _FOR_ANY_STAGE = ("train.loss_on",)
 """Settings of `_ONLY_FOR` that have an effect in any training stage; the others have it in the last stage only."""
 
@@ -78,6 +85,7 @@ def impossible_values(settings: Settings, request: Request) -> Iterator[Fault]:
     yield from _experts(settings)
     yield from _method(settings)
     yield from _compute(settings)
+    yield from _without_subject(settings)
 
 
 def _processes(settings: Settings, environ: Mapping[str, str]) -> Iterator[Fault]:
@@ -93,6 +101,10 @@ def _processes(settings: Settings, environ: Mapping[str, str]) -> Iterator[Fault
             )
         if run.node_rank >= run.nodes:
             yield "run.node_rank", f"must be less than JOB_RUN__NODES ({run.nodes}), since it counts from 0; change one"
+    given_address = run.rendezvous is not None and settings.sources["run.rendezvous"] != "platform"
+    if place is None and given_address and settings.sources["run.nodes"] == "default":
+        what = "has no effect without JOB_RUN__NODES: each machine would run alone, and take over from the others"
+        yield "run.rendezvous", f"{what}; set both, or remove it"
     several = run.nodes > 1 if place is None else place.world_size > 1
     if several and settings.sources["run.id"] == "generated":
         yield "run.id", "must be set: otherwise each machine or process would generate a different one"
@@ -111,10 +123,18 @@ def _places(settings: Settings, platform: Platform) -> Iterator[Fault]:
 
 
 def _clouds(settings: Settings) -> Iterator[Fault]:
-    """Options for s3:// in a run that uses other clouds only, where they would silently have no effect."""
+    """Options of stores that the run does not write to, or does not use, where they would silently have no effect."""
+    storage, output = settings.storage, settings.run.output
+    if storage.kms_key_id and not output.startswith("s3://"):
+        what = (
+            f"encrypts objects of s3://, and JOB_RUN__OUTPUT is {'another store' if is_remote(output) else 'a folder'}"
+        )
+        yield "storage.kms_key_id", f"{what}, which would not be encrypted with it; remove it, or set an s3:// output"
+    if storage.storage_class and not is_remote(output):
+        yield "storage.storage_class", "is for objects of a bucket, and JOB_RUN__OUTPUT is a folder; remove it"
     schemes = set(re.findall(r"\b(s3|gs|az)(?=://)", settings.model_dump_json()))
     addresses = " and ".join(f"{_OWN_ADDRESS[scheme]} for {scheme}://" for scheme in sorted(schemes - {"s3"}))
-    for name in ("endpoint_url", "kms_key_id", "request_payer"):
+    for name in ("endpoint_url", "request_payer"):
         if addresses and "s3" not in schemes and getattr(settings.storage, name):
             fix = f"; set {addresses} instead" if name == "endpoint_url" else "; remove it"
             yield f"storage.{name}", f"is only for s3://, which this run does not use{fix}"
@@ -464,6 +484,19 @@ def _compute(settings: Settings) -> Iterator[Fault]:
     if any(METHODS[method].reference for method in settings.train.method.split(",")):
         why = "its rounding would count as a difference from the reference"
         yield name, f"is fp8, which excludes JOB_TRAIN__METHOD={settings.train.method}: {why}; remove one of the two"
+
+
+def _without_subject(settings: Settings) -> Iterator[Fault]:
+    """What somebody set of a thing that is not there: a run that is not signed in spite of a password, for example."""
+    values = settings.model_dump()
+    for name, subject in _OF.items():
+        (group, key), source = subject.split("."), settings.sources[name]
+        if values[group][key] is None and not source.startswith(("default", "preset")):
+            yield name, f"has no effect without {environment_name(subject)}; set both, or remove it"
+    data = settings.data
+    if not isinstance(data.validation, str) and settings.sources["data.validation_split"] != "default":
+        what = "is a split of a source in JOB_DATA__VALIDATION, which is a share or number of rows, or empty; remove it"
+        yield "data.validation_split", what
 
 
 def _start(settings: Settings) -> Iterator[Fault]:

@@ -32,6 +32,8 @@ _MOST_PROMPTS = 1000
 LONGEST_RUN_ID = 128
 """Characters."""
 _COUNT = re.compile(r"[1-9][0-9]{0,8}", re.ASCII)
+_MOST_PROCESSES = 1024
+"""Of one machine: more than any has GPUs."""
 _PORT = re.compile(r"[1-9][0-9]{0,4}", re.ASCII)
 _MANY_PASSES = 1e6
 _RANGE = re.compile(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", re.ASCII)
@@ -100,9 +102,9 @@ def _count_or_auto(value: object) -> object:
     text = "" if isinstance(value, bool) else str(value).strip().lower()
     if text == "auto":
         return text
-    if _COUNT.fullmatch(text):
+    if _COUNT.fullmatch(text) and int(text) <= _MOST_PROCESSES:
         return int(text)
-    raise ValueError("must be auto, or a whole number of at least 1")
+    raise ValueError(f"must be auto, or a whole number from 1 to {_MOST_PROCESSES:,}")
 
 
 def _host_port(text: str) -> str:
@@ -246,7 +248,7 @@ def _location(text: str) -> str:
         return text
     if scheme not in schemes():
         known = ", ".join(f"{known}://bucket/key" for known in schemes())
-        raise ValueError(f"is a URI of an unknown store; use {known}, a path, or a hub id such as org/name")
+        raise ValueError(f"is a URI of an unknown store; use {known}, a path, or for model and data a hub id")
     if (unusable := unusable_bucket(scheme, remainder)) is not None:
         raise ValueError(unusable)
     bucket, _, key = remainder.rstrip("/").partition("/")

@@ -18,7 +18,7 @@ from urllib.parse import quote, unquote
 from pydantic import ValidationError
 
 from job.common.secrets_in_text import is_key, signatures_in
-from job.distributed.ranks import Place, find_faults, find_machines, find_place, known_rank
+from job.distributed.ranks import Place, find_faults, find_machines, find_place, partial_place
 from job.errors import Problem, SettingsError, environment_name
 from job.platforms.detect import Platform, detect, is_foreign
 from job.records import RecordedSettings
@@ -171,7 +171,7 @@ def known_place(
     For a process whose settings are not valid, to tell the others. None for a single process, or without a launcher.
     """
     environ = os.environ if environ is None else environ
-    if (place := known_rank(environ)) is None or place.world_size == 1:
+    if (place := partial_place(environ)) is None or place.world_size == 1:
         return None
     settings, wrong = _read(Request(arguments, environ, detect(environ)), {"run.id"})
     return place, None if wrong or settings.sources["run.id"] == "generated" else settings.run.id
@@ -231,7 +231,7 @@ def _read(request: Request, names: Collection[str]) -> tuple[Settings, dict[str,
     if invalid or len(names) < len(NAMES):
         # No validator involves two settings, so the remaining values are valid, and combinations can be checked.
         settings = Settings(**nested({name: item.value for name, item in given.items()}))
-    settings.keep_sources({name: item.source for name, item in given.items()})
+    settings.set_sources({name: item.source for name, item in given.items()})
     return settings, invalid
 
 

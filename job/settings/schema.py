@@ -439,7 +439,8 @@ class Train(Group):
     log_every_steps: ExecutionOnly[Count] = 1
     """Optimizer steps between two lines of metrics in the log."""
     stall_seconds: ExecutionOnly[Seconds] = 1800
-    """Seconds without progress after which the job ends with exit code 74."""
+    """Seconds without progress after which the job ends with exit code 74. Also how long processes wait for each other
+    to connect (exit code 69), and for a process 0 that is stopped (74)."""
 
     @property
     def last_method(self) -> MethodName:
@@ -727,17 +728,17 @@ class Settings(Options):
             PlatformDefaults(settings_cls, request),
         )
 
-    def keep_sources(self, sources: Mapping[str, str]) -> None:
+    def set_sources(self, sources: Mapping[str, str]) -> None:
         """Records where the values came from, by dotted name; a setting that is not in `sources` has its default."""
         self._sources = dict.fromkeys(NAMES, "default") | dict(sources)
 
-    def keep_whole(self, run: str) -> None:
+    def set_part_of(self, run: str) -> None:
         """Records that these are the settings of the first stage of the run with this id."""
         self._part_of = run
 
     def model_post_init(self, _context: Any, /) -> None:
-        """Until `keep_sources` says otherwise, every value is a default."""
-        self.keep_sources({})
+        """Until `set_sources` says otherwise, every value is a default."""
+        self.set_sources({})
 
     @property
     def part_of(self) -> str | None:

@@ -233,7 +233,7 @@ class Environment(Source):
             [
                 _unknown("environment ", variable, names, environment_name)
                 for variable in sorted(job_variables.keys() - variables)
-                if not platform.sets(variable)
+                if not platform.sets(variable, environ[variable])
             ],
         )
 
@@ -320,10 +320,10 @@ class ConfigFile(Source):
             ".toml": tomllib.loads,
         }
         if path.suffix.lower() not in parsers:
-            return Layer(problems=[Problem(where, "must name a .yaml, .yml or .toml file")])
+            return Layer(problems=[Problem(where, f"must name a .yaml, .yml or .toml file, not {path}")])
         content = read_mapping(path, parsers[path.suffix.lower()])
         if isinstance(content, str):
-            return Layer(problems=[Problem(where, f"the file {content}")])
+            return Layer(problems=[Problem(where, f"the file {path} {content}")])
         return _from_tree(content, f"file {path}", self.names)
 
 

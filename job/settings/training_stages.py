@@ -62,8 +62,8 @@ def split_stages(settings: Settings) -> tuple[Settings, ...]:
     values = of_run | first_stage | defaults
     first = Settings(**nested(values))
     sources = dict(settings.sources) | dict.fromkeys(first_stage, f"{_FIRST}{settings.run.id}")
-    first.keep_sources(sources | dict.fromkeys(defaults, "default"))
-    first.keep_whole(settings.run.id)
+    first.set_sources(sources | dict.fromkeys(defaults, "default"))
+    first.set_part_of(settings.run.id)
     return first, settings
 
 

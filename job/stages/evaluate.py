@@ -163,7 +163,7 @@ def other_answers_judged(adapter: Evaluated, base: Evaluated) -> str:
 def load_published_adapter(attempt: Attempt, loaded: Loaded, trained: Trained) -> list[Artifact]:
     """Puts the adapter that was published into the model; returns its files."""
     weights = [artifact for artifact in trained.artifacts if "/adapter/adapter_" in artifact.path]
-    paths = attempt.processes.share_on_machine(
+    paths = attempt.processes.broadcast_on_machine(
         "adapter", lambda: [str(attempt.fetch(artifact)) for artifact in weights]
     )
     load_adapter(loaded.model, Path(paths[0]).parent, loaded.names)

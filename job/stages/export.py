@@ -72,12 +72,12 @@ from job.storage.open import storage_options
 
 _OF_QUANTIZED, _NOT_MADE = "quantization", "not made"
 _ON_BASE = "base"
-"""The one candidate of a copy of the adapter: it is scored on the base of the run, quantized as in training."""
+"""Name of the only candidate of a copy of the adapter, which is scored on the run's base, quantized as in training."""
 
 
 @dataclass(frozen=True)
 class _Scored:
-    """A candidate's scores (None in all processes but 0), and in which dtypes they were computed; or why not."""
+    """A candidate's scores (None in all processes but 0), the dtypes they were computed in, or why there are none."""
 
     evaluated: Evaluated | None
     dtype: str
@@ -113,9 +113,9 @@ def export(
     *,
     precision: ScoringPrecision | None = None,
 ) -> Exported | None:
-    """Makes, scores and publishes all formats. The model in memory is freed: no later stage uses it.
+    """Makes, scores and publishes all formats. The model in memory is freed, since no later stage uses it.
 
-    `precision` is that in which base and adapter were scored; None in records of older versions.
+    `precision` is the precision in which base and adapter were scored; None in records of older versions.
     """
     dtype = loaded.model.get_base_model().dtype
     scoring = ScoringOptions(
@@ -144,11 +144,11 @@ def export(
 def _whole_models(
     context: _Export, merged: Mapping[str, ExportFiles], why_only_one: str
 ) -> Iterator[_FormatResult | None]:
-    """All formats that are no adapter: the merged model, and those that are made from it."""
+    """Makes all formats that are whole models: the merged model, and those that are made from it."""
     attempt, settings = context.attempt, context.settings
     scored = {name: _score(context, MERGED, name, files) for name, files in merged.items()}
     record = _choose(context, merged, scored, why_only_one)
-    candidate = attempt.processes.share("merged model", lambda: "" if record is None else record.candidate)
+    candidate = attempt.processes.broadcast("merged model", lambda: "" if record is None else record.candidate)
     if record is not None:
         artifacts = [
             artifact for result in scored.values() if result.evaluated for artifact in result.evaluated.artifacts
@@ -163,7 +163,7 @@ def _whole_models(
 
 
 def _adapter_copy(context: _Export, name: str, loaded: Loaded, trained: Trained) -> _FormatResult | None:
-    """A copy of the adapter in another dtype: made, scored on the run's base, published. None in processes but 0."""
+    """Copies the adapter in another dtype, scores it on the run's base, publishes it; None in all processes but 0."""
     attempt, (_, kind) = context.attempt, split_name(name)
     folder = attempt.work / "candidates" / derived_export(name)
 
@@ -175,7 +175,7 @@ def _adapter_copy(context: _Export, name: str, loaded: Loaded, trained: Trained)
             return {_NOT_MADE: str(error)}
         return ExportFiles.of(folder).as_json()
 
-    outcome = attempt.processes.share_on_machine(name, make)
+    outcome = attempt.processes.broadcast_on_machine(name, make)
     scored_in = context.precision.dtype if context.precision else short_name(context.scoring.compute_dtype)
     record = ExportRecord(name, _ON_BASE, "a copy of the adapter", kind, scored_in, {})
     if why := outcome.get(_NOT_MADE):  # the same on all machines: they have the same adapter
@@ -208,7 +208,7 @@ def _adapter_copy(context: _Export, name: str, loaded: Loaded, trained: Trained)
 
 
 def _not_made(context: _Export, record: ExportRecord, why: str) -> _FormatResult | None:
-    """A format that cannot be made, as was found after training: the run continues."""
+    """The record of a format that turned out after training to be impossible: the run continues without it."""
     log.get_logger().warning("an export failed; the run goes on without it", export=record.format, why=why)
     if not context.attempt.processes.leads:
         return None
@@ -244,24 +244,24 @@ def _make_merged(context: _Export, loaded: Loaded) -> tuple[dict[str, ExportFile
 
     with taking_part(loaded.model):  # the base's weights may be sharded over all processes
         written = make() if attempt.processes.place.local_rank == 0 else {}
-    shared = attempt.processes.share_on_machine("exported", lambda: written)
+    shared = attempt.processes.broadcast_on_machine("exported", lambda: written)
     candidates = {name: ExportFiles.from_json(files) for name, files in shared["made"].items()}
     require_same_files(attempt, MERGED, list(candidates.values()))
     return candidates, shared["only"]
 
 
 def _derived(context: _Export, name: str, candidate: str, merged: ExportFiles) -> _FormatResult | None:
-    """A format that is made from the merged model: made, scored, published. None in all processes but 0."""
+    """Makes a format from the merged model, scores and publishes it; None in all processes but 0."""
     attempt = context.attempt
     origin = seal({"files": dict(merged.hashes)})
     earlier = attempt.recorded(derived_export(name), DerivedExport) if attempt.processes.leads else None
     is_complete = earlier is not None and earlier.merged == origin and not attempt.damaged(earlier.artifacts)
-    if attempt.processes.share("format of before", lambda: is_complete):
+    if attempt.processes.broadcast("format of before", lambda: is_complete):
         log.get_logger().info("format was exported by an earlier attempt", export=name)
         return None if earlier is None else _FormatResult(earlier.export, earlier.artifacts)
     derived_by, _ = derived_format(name)
     work = attempt.work / "candidates" / derived_export(name)
-    outcome = attempt.processes.share_on_machine(name, lambda: _make_derived(context, name, merged, work))
+    outcome = attempt.processes.broadcast_on_machine(name, lambda: _make_derived(context, name, merged, work))
     failures = attempt.processes.gather(f"failures of {name}", outcome.get(_NOT_MADE, ""))
     record = ExportRecord(name, candidate, "made from the merged model that was selected", "", "", {})
     if why := next(filter(None, failures), ""):
@@ -283,7 +283,7 @@ def _derived(context: _Export, name: str, candidate: str, merged: ExportFiles) -
     )
     log.get_logger().info("exported", export=name, candidate=candidate, bytes=files.bytes)
     artifacts = [*(scored.evaluated.artifacts if scored.evaluated else []), *publish_files(attempt, files, name)]
-    attempt.keep(derived_export(name), json.dumps(asdict(DerivedExport(origin, record, artifacts))))
+    attempt.write_record(derived_export(name), json.dumps(asdict(DerivedExport(origin, record, artifacts))))
     shutil.rmtree(work, ignore_errors=True)
     return _FormatResult(record, artifacts)
 

@@ -83,13 +83,13 @@ def check_least_size(work: Path, empty: Any, formats: Sequence[str], device: Any
     """Refuses exports that are too large even in 16 bits, the least that a merged model is written in.
 
     Args:
-        work: Where they will be written.
+        work: The folder that they will be written to.
         empty: The base on the meta device.
         formats: `JOB_EXPORT__FORMATS`, with at least one that needs the merge.
-        device: Where they are scored.
+        device: The device on which they are scored.
 
     Raises:
-        Unreachable: The disk, or the GPU's memory, is too small. A retry may get a machine with more.
+        Unreachable: The disk, or the GPU's memory, is too small. A retry may get a larger machine.
     """
     merged = 2 * sum(parameter.numel() for parameter in empty.parameters())
     if device.type == "cuda":
@@ -105,7 +105,7 @@ def check_gpu_memory(device: Any, merged_bytes: int) -> None:
         merged_bytes: Lower bound of the bytes of the merged model.
 
     Raises:
-        Unreachable: They do. A retry may get a machine with more.
+        Unreachable: It does not fit. A retry may get a machine with more memory.
     """
     if (total := gpu_bytes(device)) < merged_bytes:
         raise Unreachable(
@@ -130,7 +130,7 @@ def _check_memory(model: Any, merged_bytes: int, sizes: Mapping[str, int]) -> No
         sizes: Bytes of each format that is made from the merged model.
 
     Raises:
-        Unreachable: The memory is too small. A retry may get a machine with more.
+        Unreachable: The memory is too small. A retry may get a machine with more memory.
     """
     on_gpu = model.device.type == "cuda"
     # (bytes that are held at once while a format is made or scored, the format)

@@ -34,7 +34,7 @@ class ExportFiles:
         return cls(Path(tree["folder"]), tree["hashes"])
 
     def as_json(self) -> dict[str, Any]:
-        """For the other processes of the machine."""
+        """The files as JSON, which the machine's other processes read by `from_json`."""
         return {"folder": str(self.folder.absolute()), "hashes": dict(self.hashes)}
 
     @property
@@ -44,11 +44,11 @@ class ExportFiles:
 
 
 def require_same_files(attempt: Attempt, name: str, candidates: Sequence[ExportFiles]) -> None:
-    """Refuses files of other bytes on other machines: scores are shared among them. All processes call it.
+    """Refuses files that differ between machines, since each scores a part of the questions. All processes call it.
 
     Args:
-        attempt: Its processes compare their hashes.
-        name: Of the format.
+        attempt: Its processes compare the hashes of their files.
+        name: The format, for the error.
         candidates: The files of each candidate.
 
     Raises:
@@ -72,6 +72,6 @@ def publish_files(attempt: Attempt, files: ExportFiles, name: str) -> list[Artif
         key = export_folder(name) + file
         if key not in uploaded or uploaded[key].sha256 != sha256:
             uploaded[key] = attempt.publish(files.folder / file, key)
-            attempt.keep(UPLOADED, json.dumps(asdict(Uploaded(list(uploaded.values())))))
+            attempt.write_record(UPLOADED, json.dumps(asdict(Uploaded(list(uploaded.values())))))
         artifacts.append(uploaded[key])
     return artifacts

@@ -1,7 +1,7 @@
-"""First values of an adapter that come from the data or from the unquantized base: computed once in a run, and kept.
+"""Initial values of an adapter that are computed from the data or the unquantized base: once in a run, then stored.
 
-A restart before the first checkpoint begins with the same numbers: EVA's depend on the machine in their last bits, and
-LoftQ's need the unquantized base, which a restart does not download.
+So a restart before the first checkpoint begins with the same numbers. It could not compute them again: EVA's depend on
+the machine in their last bits, and LoftQ's need the unquantized base, which a restart does not download.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def put_first_values(attempt: Attempt, init: str, sources: Sources, model: Any, 
         steps: The run's batch plan.
 
     Raises:
-        SettingsError: The adapter cannot begin so.
+        SettingsError: This adapter or base does not support these initial values.
         Preempted: The job was asked to stop.
     """
     if init in INFORMED:
@@ -54,10 +54,10 @@ def put_first_values(attempt: Attempt, init: str, sources: Sources, model: Any, 
 
 
 def begin_alike(processes: Processes, model: Any) -> None:
-    """Gives the adapter process 0's values in all processes, where those of any process differ.
+    """Gives the adapter in all processes the values of process 0, if those of any process differ.
 
     Every process computes them from the same seed and weights. PiSSA's and OLoRA's decompositions depend on the machine
-    in their last bits, and processes add up gradients of one adapter only if it is the same in all of them.
+    in their last bits, and gradients may be summed over the processes only if all have the same adapter.
     """
     parameters = [parameter.data for parameter in trainable(model).values()]
     digest = hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in parameters)).hexdigest()
@@ -68,7 +68,7 @@ def begin_alike(processes: Processes, model: Any) -> None:
         value = parameter.cpu().clone()
         if not processes.leads:
             value.zero_()
-        processes.add_up(value)
+        processes.all_reduce(value)
         parameter.copy_(value)
 
 
@@ -77,15 +77,15 @@ def _put_informed(attempt: Attempt, init: str, sources: Sources, model: Any, ste
     from safetensors.torch import load_file
 
     processes = attempt.processes
-    record = processes.share(
+    record = processes.broadcast(
         "first values that are known", lambda: published_once(attempt, FIRST_VALUES, FirstValues, NAME)
     )
     if not record:
         with taking_part(model):
             published = _publish(attempt, init, sources, model, steps) if processes.leads else ""
-        record = processes.share("first values", lambda: published)
+        record = processes.broadcast("first values", lambda: published)
     artifact = Artifact(**json.loads(record))
-    path = processes.share_on_machine("first values on this machine", lambda: str(attempt.fetch(artifact)))
+    path = processes.broadcast_on_machine("first values on this machine", lambda: str(attempt.fetch(artifact)))
     tensors = load_file(path)
     for name, parameter in trainable(model).items():
         parameter.data.copy_(tensors[name])
@@ -104,7 +104,7 @@ def _publish(attempt: Attempt, init: str, sources: Sources, model: Any, steps: S
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: parameter.detach().contiguous() for name, parameter in trainable(model).items()}, path)
     artifact = attempt.publish(path, FIRST_TENSORS)
-    attempt.keep(FIRST_VALUES, json.dumps(asdict(FirstValues([artifact]))))
+    attempt.write_record(FIRST_VALUES, json.dumps(asdict(FirstValues([artifact]))))
     return json.dumps(asdict(artifact))
 
 

@@ -1,8 +1,8 @@
 """The third evaluation: the base with its original weights, before it is quantized, on the same questions.
 
-Without it a gain of training cannot be distinguished from a recovered loss of quantization. It is part of the
-stage that evaluates the base, and comes first in it; it is a separate model, loaded beside the quantized base and
-freed again. Its scores are cached like the base's, so that other runs with the same base need not load it.
+Without it a gain of training cannot be distinguished from a recovered loss of quantization. It is part of the stage
+that evaluates the base, and comes first in it. It is a separate model, loaded in addition to the quantized base and
+freed afterwards. Its scores are cached like the base's, so that other runs with the same base need not load it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def evaluate_bases(attempt: Attempt, settings: Settings, sources: Sources, loade
     original = _evaluate_original(attempt, settings, sources, loaded, shared=shared, precision=precision)
     evaluated = evaluate_base(attempt, settings, sources, loaded, shared=shared, precision=precision)
     if loaded.model.device.type == "cuda":
-        give_back_memory()  # of the converted weights: the recording of a CUDA graph cannot use what torch has cached
+        give_back_memory()  # of the converted weights: recording a CUDA graph cannot use memory that torch has cached
     if evaluated is None or original is None:
         return evaluated
     return replace(
@@ -64,8 +64,8 @@ def evaluate_bases(attempt: Attempt, settings: Settings, sources: Sources, loade
 def objection_to_base(attempt: Attempt, settings: Settings, sources: Sources, loaded: Loaded, base: Evaluated) -> str:
     """Why the base has to be evaluated again although an earlier attempt did it, in words; empty if it has not.
 
-    The adapter and the exports are compared with it. Those that an earlier attempt evaluated were compared already;
-    those that this one will evaluate must be evaluated as the base was.
+    Adapter and exports are compared with the base. Those that this attempt evaluates must be evaluated like the base;
+    those that an earlier attempt evaluated have been compared already.
     """
     adapter = attempt.recorded(Stage.EVALUATE_ADAPTER, Evaluated)
     rules = generation_rules(settings, sources, loaded.model) if adapter is None else adapter.generation
@@ -93,10 +93,10 @@ def _evaluate_original(
     recorded = attempt.recorded(FULL_PRECISION, Evaluated) if attempt.processes.leads else None
     if recorded is not None and (_scored_otherwise(recorded, precision) or attempt.damaged(recorded.artifacts)):
         recorded = None
-    if attempt.processes.share("original base of before", lambda: recorded is not None):
+    if attempt.processes.broadcast("original base of before", lambda: recorded is not None):
         log.get_logger().info("the original base was evaluated by an earlier attempt")
         return recorded
-    folder = attempt.processes.share_on_machine("original base", lambda: str(_folder(attempt, settings, sources)))
+    folder = attempt.processes.broadcast_on_machine("original base", lambda: str(_folder(attempt, settings, sources)))
     if why := _why_not_scored(attempt, settings, loaded, Path(folder)):
         log.get_logger().warning("the original base is not scored, so the cost of quantization is not known", why=why)
         result = FullPrecision(precision.dtype, {}, why)
@@ -114,12 +114,12 @@ def _evaluate_original(
         return None
     original = FullPrecision(precision.dtype, scored.scores)
     evaluated = Evaluated({}, scored.artifacts, full_precision=original, precision=precision)
-    attempt.keep(FULL_PRECISION, json.dumps(asdict(evaluated)))
+    attempt.write_record(FULL_PRECISION, json.dumps(asdict(evaluated)))
     return evaluated
 
 
 def _scored_otherwise(recorded: Evaluated, precision: ScoringPrecision) -> bool:
-    """Whether an earlier attempt, on a machine of another kind, scored it otherwise than the base will be."""
+    """Whether an earlier attempt, on another kind of machine, scored it in another precision than the base will be."""
     earlier = recorded.full_precision
     if earlier is None or not earlier.scores:
         return False
@@ -158,7 +158,7 @@ def _needed_bytes(settings: Settings, loaded: Loaded) -> int:
 
 
 def _free_bytes(attempt: Attempt, settings: Settings, loaded: Loaded) -> int:
-    """Bytes of memory that this process may fill."""
+    """Bytes of device memory that scoring the original base may use in this process."""
     if loaded.model.device.type == "cuda":
         return int(ORIGINAL_SHARE * free_gpu_bytes(settings.train.gpu_memory_gb))
     return int(ORIGINAL_SHARE * available_bytes()) // attempt.processes.place.local_world_size

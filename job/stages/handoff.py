@@ -22,11 +22,11 @@ from job.stages.safety import SafetyModel
 class Sources:
     """The result of the pull stage. `folder` holds the model's files, or those of a cached quantized base.
 
-    `examples` are trained on, `validation` is validated on, and empty if nothing is.
-    `start` holds the adapter that training starts from; None for a new one.
+    `examples` are the training examples, `validation` those for validation, empty if there is none.
+    `start` is the folder of the adapter that training starts from; None for a new one.
     `findings` is the file of what the audit found in the rows.
     `prompts` are those of JOB_EVAL__PROMPTS; empty if nothing is asked.
-    `original` holds the base's own files, where they are here; a restart may have the quantized base only.
+    `original` is the folder of the base's own files; None if a restart has only the quantized base.
 
     Only the process that pulled, the first on its machine, has `tasks`, `prompts`, `baseline` (results of an earlier
     run that the gate compares with), `policy` (the rules that the gate judges by), `cache_entry` (where the quantized

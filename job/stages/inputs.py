@@ -1,4 +1,4 @@
-"""Checks, before a run takes its lease, of what needs neither the store nor the network: paths and names.
+"""Checks before a run takes its lease that need neither the store nor the network: of paths and names.
 
 All problems are reported together, and a run that cannot begin leaves no files.
 """
@@ -41,14 +41,14 @@ def check_inputs(
     """Refuses paths that are not there, data sets of the hub without a revision, unknown tasks, too few processes.
 
     Args:
-        settings: Those of the run.
-        later: Those of the stages after it.
+        settings: The settings of this training stage.
+        later: The settings of the training stages after it.
         has_record: Whether an earlier attempt recorded the stage `pull`. Then the quantized base may come from a cache,
             and the model is not needed.
-        processes: How many the run has on all machines; None to leave out what depends on it.
+        processes: Number of processes on all machines; None to leave out the checks that depend on it.
 
     Raises:
-        DataError, SettingsError: With everything that is wrong, in one error.
+        DataError, SettingsError: All problems, in one error.
     """
     checks = list(_data_sources(settings, later))
     checks += [(location, partial(find_questions, location)) for location in settings.eval.data.values()]

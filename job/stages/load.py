@@ -47,8 +47,8 @@ class _ModelSetup:
     Attributes:
         device: The torch device where the model computes.
         dtype: The torch dtype it computes in.
-        steps: All optimizer steps.
-        options: The adapter's.
+        steps: Number of optimizer steps of the run.
+        options: The adapter's options.
         budget: Token budget of a micro-batch, the same in all processes.
         placement: Where the base's 4-bit weights are kept, the same in all processes.
         why_placed: Why they are kept there, in words; empty if they are on the GPU.
@@ -74,7 +74,7 @@ def load(
 ) -> Loaded:
     """Loads the quantized base and adds a new adapter; every process loads its own copy.
 
-    `decided` is what an earlier attempt of the run decided about packing. It is kept, because it affects the
+    `decided` is what an earlier attempt of the run decided about packing, which is taken over because it affects the
     result's bits. `begin`, called with the model and the batch plan, may give the new adapter other first values,
     before its layers are fused. `trains`: whether training is still to be done.
 
@@ -169,7 +169,7 @@ def _load_base(
         group=processes,
     )
     if setup.device.type == "cpu":
-        keep_freed_memory()  # only after loading, whose temporary memory returns to the system
+        keep_freed_memory()  # only after loading, so that temporary memory is returned to the system
     with taking_part(base):
         if sources.cache_entry is None or sources.quantized:
             kept_base = cached_base(sources.cache_entry)
@@ -251,10 +251,10 @@ def _prepare(
 
 
 def check_experts(began: CachedBase | None, loaded: CachedBase) -> None:
-    """Refuses to go on with a base whose experts are held otherwise than when the run began.
+    """Refuses a base whose experts are quantized, or not, unlike when the run began.
 
     Raises:
-        SettingsError: They are.
+        SettingsError: The experts differ in this.
     """
     if began is None or began.quantized_experts == loaded.quantized_experts:
         return

@@ -1,8 +1,9 @@
 """Whether the disk of JOB_RUN__OUTPUT has space for what the run is going to write there, checked before it trains.
 
-Refused is only what cannot fit: checkpoints, whose tensors have known sizes, and the merged model, if it is published.
-A likely shortage is a warning: an adapter may be smaller than it was in training, and formats may turn out impossible.
-A file system that compresses its files is not allowed for; weights and moments hardly shrink.
+A run is refused only for what certainly does not fit: checkpoints, whose tensors have known sizes, and the merged
+model, if it is published. A likely shortage is a warning: an adapter may be smaller than it was in training, and
+formats may turn out to be impossible. Compression by the file system is not considered: weights and optimizer states
+hardly shrink.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ class OutputNeed:
     Attributes:
         checkpoint: Bytes of one checkpoint.
         keep: JOB_CHECKPOINT__KEEP.
-        saves: How many checkpoints it writes at least.
-        adapter: Bytes of the published adapter at most.
-        exports: What it exports; None for nothing, or where that is not known yet.
+        saves: Minimum number of checkpoints that it writes.
+        adapter: Maximum bytes of the published adapter.
+        exports: The sizes of its exports; None without exports, or if they are not known yet.
         formats: JOB_EXPORT__FORMATS.
     """
 
@@ -56,7 +57,7 @@ class OutputNeed:
         return self.exports.merges.bytes_each if self.exports and MERGED in self.formats else 0
 
     def least(self, checkpoints: int, exports: int, *, shared: bool) -> int:
-        """The fewest bytes that must be free, lest a write fails.
+        """The fewest bytes that must be free so that no write fails.
 
         A checkpoint is first written to the folder for temporary files, and deleted there when it is uploaded; merged
         models stay there until they are published.
@@ -64,7 +65,7 @@ class OutputNeed:
         Args:
             checkpoints: Bytes in the run's folder for checkpoints, all of which may be deleted, but not before one of
                 this attempt is complete.
-            exports: Bytes of exported files there.
+            exports: Bytes of exported files in the run's folder.
             shared: Whether the folder for temporary files is on the same disk.
         """
         training = after = 0
@@ -100,13 +101,13 @@ def check_output_disk(
     trains: bool,
     exports: ExportSizes | None,
 ) -> None:
-    """Refuses a local folder whose disk is too small for the run, and warns of one that probably is; not of a bucket.
+    """Refuses a local folder whose disk is too small for the run; warns if it probably is. Does not check buckets.
 
     Args:
         attempt: Its store is the run's folder. Called in the process that writes there.
         loaded: The model, with the adapter.
         options: Settings of this training stage; one that follows is checked when it begins.
-        saving: Settings of its checkpoints.
+        saving: Settings of the checkpoints.
         formats: JOB_EXPORT__FORMATS.
         rows: Examples to train on.
         trains: Whether the adapter is trained by this attempt.
@@ -152,7 +153,7 @@ def check_output_disk(
 
 
 def _saves(store: ObjectStore, options: Train, every: int, rows: int) -> int:
-    """How many checkpoints this attempt writes at least, if it is not stopped.
+    """The minimum number of checkpoints that this attempt writes if it is not stopped.
 
     There is one every JOB_CHECKPOINT__EVERY_STEPS, and one of the last step. Training that may stop early writes at
     least one; an attempt that resumes it may have nothing left to train.

@@ -13,7 +13,7 @@ from job.common.resources import available_bytes
 from job.data.examples import lengths_of
 from job.distributed.processes import Processes
 from job.errors import Problem, raise_problems
-from job.model.adapter_options import AdapterOptions
+from job.model.adapter_options import PLAIN, AdapterOptions
 from job.model.architecture import read_config as read_architecture
 from job.model.experts import left_plain
 from job.model.files import read_config
@@ -57,27 +57,32 @@ def decide_placement(
         lora: Settings of the adapter.
         sources: The base's folder, and the examples.
         processes: All processes of the run.
-        device: This process's.
+        device: The device of this process.
         budget: The token budget of a micro-batch.
         scoring_tokens: The most tokens of one forward pass that scores questions.
-        options: The adapter's.
+        options: The adapter's options.
 
     Raises:
-        SettingsError: JOB_MODEL__PLACEMENT is `host`, with too little main memory.
+        SettingsError: JOB_MODEL__PLACEMENT is `host`, but there is too little main memory.
     """
     requested, world, setup = model.placement, processes.place, None
     if model.quantization != "none":
         setup = setup_before_loading(model, train, lora, sources.folder, options)
     need = 0 if setup is None else packed_bytes(setup) * world.local_world_size
-    # Measured once for each machine: a process that measured later would count what another has already loaded.
-    available = processes.share_on_machine("available main memory", available_bytes)
+    # Read once on each machine: a process that read it later would count what another one has already loaded.
+    available = processes.broadcast_on_machine("available main memory", available_bytes)
     free = int(MAIN_MEMORY_SHARE * available)
     raise_problems(_too_little_main_memory(requested, setup, world.local_world_size, available))
     if requested != "auto":
         return requested, "" if requested == "gpu" else f"JOB_MODEL__PLACEMENT is {requested}"
     placement, why = "gpu", ""
     if device.type == "cuda" and setup is not None and model.keep_dequantized is not True:
-        setup = replace(setup, processes=world.world_size)
+        setup = replace(
+            setup,
+            processes=world.world_size,
+            recompute=train.gradient_checkpointing is not False,
+            counted=_counted(lora, sources.folder, options),
+        )
         # Between machines, gathering a layer over the network would take longer than copying it from main memory.
         one_machine = world.world_size > 1 and world.world_size == world.local_world_size
         possible = {"gpu": True, "sharded": one_machine, "host": need <= free}
@@ -148,7 +153,7 @@ def _fastest_that_fits(
     """(the fastest placement with which training and scoring fit on this GPU; why, if not `gpu`).
 
     Args:
-        setup: What will be trained.
+        setup: The model, its adapter, and how they will be trained.
         lengths: Tokens of each example.
         global_batch_size: Examples of a step.
         budget: The token budget of a micro-batch.
@@ -192,9 +197,10 @@ def setup_before_loading(model: Model, train: Train, lora: Lora, folder: Path, o
         return None
     requested_targets = lora.target_modules
     targets = architecture.groups[requested_targets] if isinstance(requested_targets, str) else requested_targets
+    rank = lora.rank if options.adalora is None else options.adalora.init_r
     return Setup(
         architecture=architecture,
-        rank=lora.rank if options.adalora is None else options.adalora.init_r,
+        rank=2 * rank if options.decomposed else rank,
         targets=tuple(name for name in targets if name in architecture.linear),
         quantization=model.quantization,
         double_quantization=model.double_quantization,
@@ -202,5 +208,22 @@ def setup_before_loading(model: Model, train: Train, lora: Lora, folder: Path, o
         optimizer=train.optimizer,
         recompute=True,
         plain_experts=architecture.experts > 0 and left_plain(folder),
-        expert_adapter=architecture.expert_adapter_parameters(lora.rank) if options.experts else 0,
+        expert_adapter=architecture.expert_adapter_parameters(rank, options.layers) if options.experts else 0,
+        dora=options.use_dora,
+        bytes_beside=options.bytes_beside,
+        merged_rows=2 * architecture.vocabulary if options.added_tokens else 0,
     )
+
+
+def _counted(lora: Lora, folder: Path, options: AdapterOptions) -> int | None:
+    """The adapter's parameters by the model itself, where rank and targets do not say how many; else None.
+
+    Of modules that are trained whole they may be gigabytes.
+    """
+    if options == PLAIN:
+        return None
+    from job.model.files import build_empty
+    from job.model.lora import count_parameters
+
+    empty = build_empty(folder, read_config(folder))
+    return count_parameters(empty, rank=lora.rank, target_modules=lora.target_modules, options=options)

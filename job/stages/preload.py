@@ -14,8 +14,8 @@ from job.evaluation.task_names import import_tasks
 
 _NOT_NEEDED = ("chardet", "scipy", "sklearn", "wandb")
 """Optional to transformers, PEFT, TRL and requests. The job's own statistics import scipy when they are first computed,
-and wandb runs in a separate process; sklearn needs scipy. Nothing is here that another thread may import
-meanwhile, as boto3, which accelerate imports."""
+and wandb runs in a separate process; sklearn needs scipy. A module that another thread may import at the same time,
+such as boto3, which accelerate imports, must not be in this list."""
 
 
 def import_libraries() -> None:

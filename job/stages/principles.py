@@ -42,7 +42,7 @@ _CODE = ("job.evaluation.judges", "job.evaluation.principles")
 CHECK_SECONDS = 30.0
 """Longest wait for a server's answer before training."""
 _CHOICES = ("A", "B", None)
-"""The number that stores each choice: its index here."""
+"""A stored judgement is the index of its choice here."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ def find_judge(options: Eval, source: str, revision: str | None) -> FoundJudge:
 
 
 def check_judge(options: Eval, judge: FoundJudge, check_stop: Callable[[], None]) -> None:
-    """Finds before training what would end the run after it, when the judge's settings cannot be corrected any more.
+    """Checks the judge before training: afterwards its settings could not be corrected any more.
 
-    A server that does not answer now may do so when it is needed, so that is a warning.
+    That a server does not answer is only a warning, since it may answer when it is needed.
 
     Raises:
         DataError, SettingsError: The judge cannot be used.
@@ -121,10 +121,10 @@ def judge_answers(
 
     Args:
         attempt: Where it is published. Answers are kept, so that a restart requests only the missing ones.
-        options: How a server is asked.
-        run: The device, and the run's name.
-        judge: Who judges.
-        answers: The published files by side, `base` and `adapter`.
+        options: Settings of the requests to a server.
+        run: The device, and the run's id.
+        judge: The judge.
+        answers: The published files with the answers, by side: `base` and `adapter`.
 
     Raises:
         AccessDenied, Unreachable, SettingsError: As the server answers.
@@ -139,14 +139,14 @@ def judge_answers(
     facts = {**score_conditions({"judge": asdict(judge.record)}), "judge code": code_hashes(*_CODE)}
 
     def open_cache(device: str) -> tuple[ScoreCache, dict[int, list[float]]]:
-        """What was kept of the judgements on a device, which decides their last bits."""
+        """The stored judgements by this judge on this device, which affects the last bits of its scores."""
         cache = ScoreCache(attempt.store, SCORES, run.id, {**facts, "device": device})
         return cache, cache.load_chances(answers_hash.hexdigest(), [2] * len(to_judge))
 
     devices = _devices(run.device, judge)
     caches = {device: open_cache(device) for device in devices}
     if caches[devices[-1]][1]:
-        devices = devices[-1:]  # an earlier attempt has gone there
+        devices = devices[-1:]  # an earlier attempt changed to this device
     before = attempt.questions
 
     def judged_on(device: str) -> dict[int, list[float]]:
@@ -197,7 +197,7 @@ def _judgement(base: PromptAnswer, verdicts: Sequence[str | None] | None) -> Jud
 
 
 def _devices(device: str, judge: FoundJudge) -> list[str]:
-    """Where the judge may compute, best first, as JOB_RUN__DEVICE; a server's own device is not known."""
+    """The devices on which the judge may compute, best first, named as in JOB_RUN__DEVICE; a server's is not known."""
     if judge.folder is None:
         return ["server"]
     kind = choose_device(device).type
@@ -205,9 +205,10 @@ def _devices(device: str, judge: FoundJudge) -> list[str]:
 
 
 def _on_one_device(devices: Sequence[str], judged_on: Callable[[str], T]) -> T:
-    """What the first device finds whose memory is large enough.
+    """The judgements by the first device whose memory is large enough.
 
-    All pairs are judged again on the next one: which of them the first would have judged depends on when it was full.
+    If memory runs out, all pairs are judged again on the next device. Otherwise the moment when memory ran out would
+    decide which pairs each device judges.
     """
     with memory_errors("judging", "take a smaller JOB_EVAL__JUDGE"):
         for device in devices[:-1]:
@@ -217,12 +218,12 @@ def _on_one_device(devices: Sequence[str], judged_on: Callable[[str], T]) -> T:
                 if not out_of_memory(error):
                     raise
             log.get_logger().warning("the judge does not fit into the GPU's memory; all pairs are judged on the CPU")
-            gc.collect()  # the judge is in cycles with its error
+            gc.collect()  # the error's traceback keeps the judge alive, in a reference cycle
         return judged_on(devices[-1])
 
 
 def open_judge(options: Eval, judge: FoundJudge, device: str) -> Judge:
-    """The judge, ready to be asked; `device` as JOB_RUN__DEVICE.
+    """Opens the judge; `device` as JOB_RUN__DEVICE.
 
     Raises:
         DataError, SettingsError: A local model cannot be loaded.

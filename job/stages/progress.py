@@ -1,4 +1,4 @@
-"""Progress of work that an attempt counts as questions: in its log, and in its record."""
+"""Progress of work that an attempt counts in questions: logged, and recorded as progress of the attempt."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ def answer_prompts(
     Also how many answers are unsafe, where JOB_DATA__SAFETY_MODEL scores them.
 
     Args:
-        attempt: Where it is published.
-        options: How many tokens an answer may have, and those of a forward pass.
+        attempt: The answers are published in its run.
+        options: Maximum tokens of an answer and of a forward pass.
         sources: The prompts, in process 0.
         model: The base, or the base with the adapter.
         side: `base` or `adapter`.
@@ -90,15 +90,15 @@ def generate_answers(
     """`generate` by all processes of the run, called in process 0 while the others `help`.
 
     Args:
-        attempt: Counts the answers, as progress for the limit of attempts without any.
+        attempt: Counts the answers as its progress (JOB_RUN__MAX_IDLE_ATTEMPTS).
         model: As for `generate`.
         tokenizer: As for `generate`.
         prompts: As for `generate`.
         options: How they are answered.
         batch_tokens: Tokens of a forward pass.
-        cache: Where answers are kept, so that a restart computes the others only.
+        cache: Stores answers, so that a restart computes only the missing ones.
         parallel: Divides the batches over the processes.
-        title: The log's name of the progress.
+        title: What the log calls the answers.
 
     Raises:
         TrainingFailed: The logits are not finite.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -44,30 +44,41 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 
+@dataclass(frozen=True, kw_only=True)
+class StageResults:
+    """What the stages before this one recorded.
+
+    Attributes:
+        base: The base's evaluation.
+        trained: The training record and the adapter's files.
+        adapter: The adapter's evaluation.
+        exported: The other formats, with their evaluations.
+    """
+
+    base: Evaluated
+    trained: Trained
+    adapter: Evaluated
+    exported: Exported
+
+
 def publish(
     attempt: Attempt,
     settings: Settings,
     sources: Sources,
+    stages: StageResults,
     *,
     model: ModelRecord,
-    base: Evaluated,
-    trained: Trained,
-    adapter: Evaluated,
-    exported: Exported,
     gpus: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Publishes card and report, and last the manifest, whose presence marks the run as complete; returns it.
+    """Publishes card and report, then the manifest, whose presence marks the run as complete; returns the manifest.
 
     Args:
         attempt: Where files are published.
         settings: Shown in the manifest, without secrets.
         sources: Data record and baseline are taken from it.
+        stages: What is published.
         model: The base and the size of the adapter.
-        base: The base's evaluation.
-        trained: The training record and the adapter's files.
-        adapter: The adapter's evaluation.
-        exported: The other formats, with their evaluations.
-        gpus: Those of all processes.
+        gpus: The GPUs of all processes, as `host.hardware` describes them.
     """
     # an earlier attempt published it and was then killed
     if (published := read_complete(attempt.store, str(attempt.work))) is not None:
@@ -79,52 +90,7 @@ def publish(
         run=attempt.run,
         keep=settings.checkpoint.keep,
     )
-    # read only now: the previous attempt may have been writing its record when this one started
-    earlier = close_run_log(attempt.store, attempt.number, attempt.started, attempt.run)
-    audit = sources.record.dataset.audit
-    tasks = compare_tasks(base.scores, adapter.scores, overlap=audit.overlap if audit else {})
-    findings = [] if audit is None else [Artifact(FINDINGS, audit.bytes, audit.sha256)]
-    measured = compare_measured(base.measured, adapter.measured)
-    groups = compare_groups(sources.tasks.groups if sources.tasks else {}, base, adapter)
-    gated_scores = _gated_scores(settings, adapter, exported)
-    gated_comparisons = compare_tasks(base.scores, gated_scores) if gated_scores else {}
-    if settings.gate.on == "adapter":
-        gated_comparisons |= {**measured, **groups}
-    baseline_record, copies = _publish_baseline(attempt, sources.baseline, gated_scores)
-    results = manifest.build(
-        run_id=settings.run.id,
-        part_of=settings.part_of,
-        exported_run=read_exported_run(attempt.store),
-        settings=redacted(settings),
-        attempts=[*earlier, attempt.record("complete")],
-        finished=timestamp(),
-        model=replace(model, licence=sources.record.model_licence),
-        dataset=sources.record.dataset,
-        training=trained.training,
-        tasks=tasks,
-        measured=measured,
-        groups=groups,
-        gate=evaluate_gate(
-            gated_comparisons,
-            **settings.gate.model_dump(exclude={"baseline", "policy"}),
-            baseline=baseline_record,
-            policy=sources.policy,
-        ),
-        artifacts=[*findings, *base.artifacts, *trained.artifacts, *adapter.artifacts, *exported.artifacts, *copies],
-        exports=manifest.exports_record(exported, base, adapter.scores),
-        full_precision=manifest.full_precision_record(base, adapter.scores),
-        near_ties=compare_near_ties(
-            base.scores, adapter.scores, base.precision.dtype if base.precision else model.dtype
-        ),
-        precision=base.precision,
-        evidence=inventory.collect(attempt.store, attempt.work / "evidence", attempt.number),
-        image_digest=settings.run.image_digest,
-        on_demand_usd_per_hour=settings.cost.on_demand_usd_per_hour,
-        gpus=gpus,
-        prompts=sources.record.prompts,
-        unsafe_answers=manifest.unsafe_answers_record(base, adapter),
-        principles=manifest.principles_record(adapter, _judgements(attempt, adapter)),
-    )
+    results = _build_manifest(attempt, settings, sources, stages, model=model, gpus=gpus)
     key = private_key(settings.sign)
     results = manifest.sealed(publish_report_and_card(attempt, results, key))
     manifest.validate(results)
@@ -132,6 +98,84 @@ def publish(
     _sign_run(attempt, results, content, key)
     write_in_turn(attempt.store, RESULTS, content, attempt.store.tag(RESULTS))
     return results
+
+
+def _build_manifest(
+    attempt: Attempt,
+    settings: Settings,
+    sources: Sources,
+    stages: StageResults,
+    *,
+    model: ModelRecord,
+    gpus: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """The manifest without report and cards; publishes the baseline's samples, which are among its artifacts."""
+    # read only now: the previous attempt may have been writing its record when this one started
+    earlier = close_run_log(attempt.store, attempt.number, attempt.started, attempt.run)
+    evaluation = _compare(attempt, sources, stages, model.dtype)
+    gate, copies = _judge(attempt, settings, sources, stages, evaluation)
+    audit = sources.record.dataset.audit
+    findings = [] if audit is None else [Artifact(FINDINGS, audit.bytes, audit.sha256)]
+    published = (stages.base, stages.trained, stages.adapter, stages.exported)
+    return manifest.build(
+        run=manifest.RunSection(
+            id=settings.run.id,
+            part_of=settings.part_of,
+            exported_run=read_exported_run(attempt.store),
+            attempts=[*earlier, attempt.record("complete")],
+            finished=timestamp(),
+        ),
+        settings=redacted(settings),
+        model=replace(model, licence=sources.record.model_licence),
+        dataset=sources.record.dataset,
+        training=stages.trained.training,
+        evaluation=evaluation,
+        exports=manifest.exports_record(stages.exported, stages.base, stages.adapter.scores),
+        gate=gate,
+        artifacts=[*findings, *(artifact for stage in published for artifact in stage.artifacts), *copies],
+        evidence=inventory.collect(attempt.store, attempt.work / "evidence", attempt.number),
+        gpus=gpus,
+        image_digest=settings.run.image_digest,
+        on_demand_usd_per_hour=settings.cost.on_demand_usd_per_hour,
+    )
+
+
+def _compare(attempt: Attempt, sources: Sources, stages: StageResults, dtype: str) -> manifest.EvaluationSection:
+    """Compares the adapter with the base; `dtype` is that of training, in which older versions scored."""
+    base, adapter, audit = stages.base, stages.adapter, sources.record.dataset.audit
+    return manifest.EvaluationSection(
+        tasks=compare_tasks(base.scores, adapter.scores, overlap=audit.overlap if audit else {}),
+        measured=compare_measured(base.measured, adapter.measured),
+        groups=compare_groups(sources.tasks.groups if sources.tasks else {}, base, adapter),
+        full_precision=manifest.full_precision_record(base, adapter.scores),
+        near_ties=compare_near_ties(base.scores, adapter.scores, base.precision.dtype if base.precision else dtype),
+        precision=base.precision,
+        prompts=sources.record.prompts,
+        unsafe_answers=manifest.unsafe_answers_record(base, adapter),
+        principles=manifest.principles_record(adapter, _judgements(attempt, adapter)),
+    )
+
+
+def _judge(
+    attempt: Attempt,
+    settings: Settings,
+    sources: Sources,
+    stages: StageResults,
+    evaluation: manifest.EvaluationSection,
+) -> tuple[dict[str, Any], list[Artifact]]:
+    """(the manifest's `gate`, the published copies of the baseline's samples; see `_publish_baseline`)."""
+    scores = _gated_scores(settings, stages.adapter, stages.exported)
+    comparisons = compare_tasks(stages.base.scores, scores) if scores else {}
+    if settings.gate.on == "adapter":
+        comparisons |= {**evaluation.measured, **evaluation.groups}
+    baseline, copies = _publish_baseline(attempt, sources.baseline, scores)
+    gate = evaluate_gate(
+        comparisons,
+        **settings.gate.model_dump(exclude={"baseline", "policy"}),
+        baseline=baseline,
+        policy=sources.policy,
+    )
+    return gate, copies
 
 
 def _sign_run(
@@ -235,7 +279,7 @@ def publish_report_and_card(
 
 
 def _publish_document(attempt: Attempt, key: str, make: Callable[[], bytes]) -> Artifact | None:
-    """Publishes what `make` renders; None if that fails, which is logged."""
+    """Publishes what `make` renders; returns None, and logs the error, if rendering fails."""
     try:
         content = make()
     except JobError:

@@ -43,7 +43,7 @@ from job.stages.inputs import check_inputs
 from job.stages.preload import import_libraries
 from job.stages.pull_audit import audit_arguments, known_audit, known_scores, with_audit_of_before
 from job.stages.pull_checks import CheckedSettings, check_files_of_exports, check_model, check_rows, check_start_on
-from job.stages.pull_in_background import ComingBase, base_in_background
+from job.stages.pull_in_background import BackgroundBase, base_in_background
 from job.stages.pull_model import BaseSettings, vocabulary_of
 from job.stages.pull_other_models import pull_judge, pull_safety_model, pull_start_adapter, recorded_judge_sha256
 from job.stages.pull_prompts import find_prompt_rows, prompts_record
@@ -54,14 +54,14 @@ from job.storage.open import StorageOptions, bytes_to_fetch, storage_options
 
 @dataclass(frozen=True)
 class _Shared:
-    """What the first process of a machine writes for the others: paths, and the record of the pull.
+    """What the first process of a machine passes to the others: the record of the pull, and paths of folders.
 
     Attributes:
         record: The record of the pull.
-        folder: Of the base's files.
+        folder: Path of the base's files.
         quantized: Whether these are a quantized base of the cache.
-        tokens: Of the tokenized rows.
-        start: Of the adapter that training starts from; None without one.
+        tokens: Path of the tokenized rows.
+        start: Path of the adapter that training starts from; None without one.
     """
 
     record: Pulled
@@ -79,8 +79,8 @@ def pull(attempt: Attempt, settings: Settings, later: Sequence[Settings] = ()) -
     them are found before training.
 
     Args:
-        attempt: The attempt, whose work folder gets the inputs.
-        settings: Those of this training stage.
+        attempt: The inputs are put into its work folder.
+        settings: The settings of this training stage.
         later: The settings of the training stages after this one.
 
     Raises:
@@ -90,12 +90,12 @@ def pull(attempt: Attempt, settings: Settings, later: Sequence[Settings] = ()) -
     """
     processes, storage = attempt.processes, storage_options(settings.storage)
     settings = _at_commit_of_before(attempt, settings)
-    date = processes.share("date of the run", lambda: settings.data.date or _date(attempt))
+    date = processes.broadcast("date of the run", lambda: settings.data.date or _date(attempt))
     sources = _pull_for_machine(attempt, settings, storage, date, later)
     if settings.eval.principles is None:
         return sources
-    # Only process 0 has the judge, but all compare and name the run by the same record.
-    record = processes.share("judge", lambda: [sources.record.judge_sha256, sources.record.judge_revision])
+    # Only process 0 has the judge, but all processes need the same record: the run's fingerprint is made of it.
+    record = processes.broadcast("judge", lambda: [sources.record.judge_sha256, sources.record.judge_revision])
     return replace(sources, record=replace(sources.record, judge_sha256=record[0], judge_revision=record[1]))
 
 
@@ -111,7 +111,7 @@ def _pull_for_machine(
     elif processes.place.rank:  # another machine, whose files process 0 has not seen
         check_inputs(settings, later, has_record=True)
     sources = _pull(attempt, settings, storage, date, later) if processes.place.local_rank == 0 else None
-    shared = processes.share_on_machine("sources", lambda: _write_shared(*sources) if sources else None)
+    shared = processes.broadcast_on_machine("sources", lambda: _write_shared(*sources) if sources else None)
     if sources:
         return sources[0]
     return _read_shared(adapter_of(_Shared).validate_json(shared or ""), settings.model.add_tokens)
@@ -154,9 +154,9 @@ class _Checked:
         start: The adapter that training starts from; None for a new one.
         safety: The classifier of JOB_DATA__SAFETY_MODEL; None without one.
         rows: What to train on, and what to validate on, as `fetch_rows` returns them.
-        folder: Of the base's configuration and tokenizer.
-        tokenizer: The base's.
-        vocabulary: Rows of its embedding; None if that is not known.
+        folder: Folder with the base's configuration and tokenizer.
+        tokenizer: The base's tokenizer.
+        vocabulary: Number of rows of the base's embedding; None if it is not known.
     """
 
     tasks: Tasks
@@ -172,7 +172,8 @@ def _pull(
     attempt: Attempt, settings: Settings, storage: StorageOptions, date: str, later: Sequence[Settings]
 ) -> tuple[Sources, Path]:
     """(the inputs, the folder of the tokenized rows)."""
-    gate = (later or [settings])[-1].gate  # a first stage judges nothing, but refuses what the last one could not
+    # The last training stage has the gate; the first one checks its inputs, before hours of training.
+    gate = (later or [settings])[-1].gate
     baseline = None if gate.baseline is None else read_baseline(gate.baseline, storage)
     policy = None if gate.policy is None else read_policy(gate.policy)
     check_disk(
@@ -235,7 +236,7 @@ def _pull(
 
 
 def _check_before_weights(
-    attempt: Attempt, settings: Settings, storage: StorageOptions, base: ComingBase, tasks: Tasks
+    attempt: Attempt, settings: Settings, storage: StorageOptions, base: BackgroundBase, tasks: Tasks
 ) -> _Checked:
     """Fetches and checks what depends on the base's tokenizer, but not on its weights."""
     location, added = start_of(settings, ADAPTER.rstrip("/")), settings.model.add_tokens

@@ -29,9 +29,9 @@ from job.training.config import total_steps
 from job.training.execution_plan import AMPERE
 from job.training.gpu_capability import compute_capability
 from job.training.gpu_memory import gpu_memory
+from job.training.memory_check import Sharing, refuse_rows
 from job.training.memory_model import FP32, weight_bytes
 from job.training.model_checks import model_problems
-from job.training.refusal import Sharing, refuse_rows
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class CheckedSettings:
 
     Attributes:
         model: Settings of the base.
-        lora: Of the adapter.
-        train: Of this training stage.
+        lora: Settings of the adapter.
+        train: Settings of this training stage.
         device: `JOB_RUN__DEVICE`.
-        seed: Of the order of the rows.
-        export: Of the last training stage, which exports.
-        gate_format: `JOB_GATE__ON` of that stage.
+        seed: Seed of the order of the rows.
+        export: Settings of the export, which the last training stage makes.
+        gate_format: `JOB_GATE__ON` of the last training stage.
     """
 
     model: Model
@@ -61,13 +61,13 @@ def check_model(attempt: Attempt, folder: Path, settings: CheckedSettings) -> No
     """Refuses settings that the model's configuration excludes, before its weights and the data are downloaded.
 
     Args:
-        attempt: Of its processes the number on this machine counts; exports are written to its work folder.
-        folder: Holds the model's config.json.
-        settings: What is checked.
+        attempt: Each of its processes on this machine loads the base; exports are written to its work folder.
+        folder: The folder with the model's config.json.
+        settings: The settings to check.
 
     Raises:
         DataError, SettingsError: The same errors that loading the model, training or the export would raise.
-        Unreachable: The merged model is larger than this machine's GPU, or exports than what its disk has left.
+        Unreachable: The merged model does not fit on this machine's GPU, or the exports do not fit on its disk.
     """
     lora, model, train, export = settings.lora, settings.model, settings.train, settings.export
     options = make_options(dict(lora), train.max_steps or MANY_STEPS, model.add_tokens)
@@ -104,9 +104,9 @@ def check_files_of_exports(attempt: Attempt, original: Path | None, export: Expo
     """Refuses before the first training stage what the last one could not export of the base's own files.
 
     Args:
-        attempt: Asked whether to go on.
+        attempt: Its stop flag is checked while files are read.
         original: Folder of the base's own files; None if they are not on this machine.
-        export: Of the last training stage.
+        export: Settings of the export, which the last training stage makes.
 
     Raises:
         DataError: The tokenizer cannot be loaded.
@@ -122,12 +122,12 @@ def check_start_on(base: Path, start: Path, settings: CheckedSettings) -> None:
     """Refuses an adapter to start from that does not fit this base, before the base's weights are downloaded.
 
     Args:
-        base: Holds the base's config.json.
-        start: The adapter's files.
-        settings: Which layers get an adapter.
+        base: The folder with the base's config.json.
+        start: The folder of the adapter to start from.
+        settings: Say which layers get an adapter, and of which kind.
 
     Raises:
-        SettingsError: It does not fit.
+        SettingsError: The adapter does not fit.
     """
     lora, train = settings.lora, settings.train
     options = make_options(dict(lora), train.max_steps or MANY_STEPS, settings.model.add_tokens)
@@ -136,13 +136,13 @@ def check_start_on(base: Path, start: Path, settings: CheckedSettings) -> None:
 
 
 def check_rows(attempt: Attempt, folder: Path, settings: CheckedSettings, tokens: Tokens) -> None:
-    """Refuses in the first attempt what does not fit the rows, while the weights are coming.
+    """Refuses settings that do not fit the rows, during the download of the weights; only in the first attempt.
 
     Args:
-        attempt: Its processes may divide a row.
-        folder: Of the base's config.json.
-        settings: What is checked.
-        tokens: The rows.
+        attempt: Its processes may divide a long row.
+        folder: The folder with the base's config.json.
+        settings: The settings to check.
+        tokens: The tokenized rows.
 
     Raises:
         SettingsError: With all problems that are certain before the model is loaded.
@@ -159,10 +159,10 @@ def check_rows(attempt: Attempt, folder: Path, settings: CheckedSettings, tokens
 
 
 def step_problems(settings: CheckedSettings, examples: Sequence[Example]) -> Iterator[Problem]:
-    """Yields what does not fit the rows: too few steps for AdaLoRA, too few target tokens for EVA.
+    """Yields problems of the number of steps and tokens: too few steps for AdaLoRA, too few target tokens for EVA.
 
     Args:
-        settings: What is checked.
+        settings: The settings to check.
         examples: All rows to train on.
     """
     train, lora = settings.train, settings.lora
@@ -177,19 +177,20 @@ def step_problems(settings: CheckedSettings, examples: Sequence[Example]) -> Ite
 
 
 def refuse_long_row(attempt: Attempt, folder: Path, settings: CheckedSettings, longest: int, where: str) -> None:
-    """Refuses a row that could not be trained on if the GPU held nothing but what it must, while the weights come.
+    """Refuses a row that does not fit even on an otherwise empty GPU, during the download of the weights.
 
-    `training.prepare` refuses more, when it knows what is free beside the model, and the attention kernel.
+    `training.prepare` can refuse shorter rows later, when the attention kernel is known, and how much memory the
+    loaded model leaves.
 
     Args:
         attempt: Its processes may divide the row.
-        folder: Of the base's config.json.
-        settings: What is checked.
+        folder: The folder with the base's config.json.
+        settings: The settings to check.
         longest: Tokens of the longest row.
         where: File and line of the row; empty if they are not known.
 
     Raises:
-        SettingsError: It certainly does not fit.
+        SettingsError: The row certainly does not fit.
     """
     train, lora, device = settings.train, settings.lora, choose_device(settings.device)
     if device.type != "cuda" or (capability := compute_capability()) < AMPERE:

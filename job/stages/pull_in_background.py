@@ -21,14 +21,14 @@ _CLEANUP_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
-class ComingBase:
+class BackgroundBase:
     """The base's files as the thread finds them: first the small ones, then the weights.
 
     Attributes:
-        attempt: Is asked whether the job has to stop, while something is waited for.
+        attempt: Its stop flag is checked while the caller waits.
         early: Folder of configuration and tokenizer, and whether weights are still to be downloaded.
-        may_download: The thread waits for it before it downloads weights.
-        all_files: All files, weights included.
+        may_download: The thread waits for this before it downloads weights.
+        all_files: All files, including the weights.
     """
 
     attempt: Attempt
@@ -42,30 +42,30 @@ class ComingBase:
         return self.early.result() if self.early.done() else (self.all_files.result().folder, False)
 
     def download_weights(self) -> None:
-        """Lets the thread download weights; called when all that can be checked without them is checked."""
+        """Lets the thread download weights; called once everything that does not need them is checked."""
         self.may_download.set_result(None)
 
     def files(self) -> BaseFiles:
-        """All files, waited for."""
+        """Waits for all files and returns them."""
         files: BaseFiles = wait_for(self.attempt, self.all_files)
         return files
 
     def check_stop(self, *, progress: bool = True) -> None:
-        """As `Attempt.check_stop`, for work during the download: an error of the weights ends it."""
+        """As `Attempt.check_stop`, for work during the download; also raises the error of a failed download."""
         self.attempt.check_stop(progress=progress)
         if self.all_files.done():
             self.all_files.result()
 
 
 @contextmanager
-def base_in_background(attempt: Attempt, base: BaseSettings, storage: StorageOptions) -> Iterator[ComingBase]:
+def base_in_background(attempt: Attempt, base: BaseSettings, storage: StorageOptions) -> Iterator[BackgroundBase]:
     """Starts a thread that finds the base's files. If the other inputs fail, it downloads no weights.
 
-    Downloading and hashing release the GIL, so imports and the reading of rows go on meanwhile.
+    Downloading and hashing release the GIL, so imports and the reading of rows continue meanwhile.
 
     Args:
-        attempt: Its work folder gets copies from a store.
-        base: The settings.
+        attempt: Files from a store are copied into its work folder.
+        base: Which base to find, and for what.
         storage: How to reach stores.
     """
     import_client()  # before the thread starts: two threads that import a module at once may see it half initialized
@@ -77,13 +77,13 @@ def base_in_background(attempt: Attempt, base: BaseSettings, storage: StorageOpt
         if missing:
             may_download.result()
 
-    coming = in_thread(lambda: find_base(attempt, base, storage, before_weights), "model")
+    base_files = in_thread(lambda: find_base(attempt, base, storage, before_weights), "model")
     try:
-        yield ComingBase(attempt, early, may_download, coming)
+        yield BackgroundBase(attempt, early, may_download, base_files)
     except JobError as error:
         may_download.cancel()
         if isinstance(error, Preempted):
-            wait([coming], _CLEANUP_SECONDS)  # the thread removes a quantized base that it has copied in part
+            wait([base_files], _CLEANUP_SECONDS)  # the thread removes a partial copy of a quantized base
         raise
 
 

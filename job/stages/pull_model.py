@@ -19,13 +19,14 @@ from job.model.files import fingerprint
 from job.model.quantized_cache.cache import find
 from job.model.quantized_cache.layout import CachedBase, CacheEntry, entry_at, entry_for
 from job.model.tokenizer_files import tokenizer_files
+from job.model.weight_file_check import check_weight_files
 from job.records import FirstValues, Pulled
 from job.runs.attempt import Attempt
 from job.runs.layout import BASE, FIRST_VALUES, Stage
 from job.settings.schema import Model
 from job.storage.hub import MAX_SMALL_BYTES, download_model
 from job.storage.location import is_remote
-from job.storage.open import ObjectStore, StorageOptions, fetch, open_store
+from job.storage.open import ObjectStore, StorageOptions, download_listed, fetch, listed_files, open_store
 
 CODE = (
     "job.model.experts",
@@ -122,6 +123,7 @@ def find_base(
         # the commit of the first attempt: a branch or tag may have moved since
         requested_revision = (None if earlier is None else earlier.model_revision) or base.model.revision
         folder, revision = download_model(source, requested_revision, before_weights)
+    check_weight_files(folder)  # before gigabytes are hashed and rows are tokenized
     tokenizer_files(folder)  # fails now rather than when the adapter is published
     sha256 = fingerprint(folder)
     locations = _cache_locations(attempt, base, storage)
@@ -167,11 +169,12 @@ def fetch_original(attempt: Attempt, source: str, storage: StorageOptions, recor
 def _fetch_small_files(location: str, folder: Path, storage: StorageOptions) -> Path | None:
     """The folder with configuration and tokenizer of a model in a store; None if nothing is there."""
     store = open_store(location, storage)
-    entries = list(store.list())
-    for info in entries:
-        if "/" not in info.key and not info.key.endswith(".safetensors") and info.bytes <= MAX_SMALL_BYTES:
-            store.download(info.key, folder / info.key, max_bytes=info.bytes)
-    return folder if entries else None
+    with named_by("JOB_MODEL__ID", ": "):
+        files = listed_files(store, location)
+    for name, info in files.items():
+        if "/" not in name and not name.endswith(".safetensors") and info.bytes <= MAX_SMALL_BYTES:
+            download_listed(store, info, folder / name)
+    return folder if files else None
 
 
 def _cache_locations(

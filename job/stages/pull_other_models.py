@@ -1,6 +1,6 @@
-"""The models of a run beside its base: the adapter that training starts from, the safety classifier, the judge.
+"""The models of a run besides its base: the adapter that training starts from, the safety classifier, the judge.
 
-Each is fetched and checked as far as its weights are not needed, in the version that the first attempt recorded.
+Each is fetched in the version that the first attempt recorded, and checked as far as that is possible without weights.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def pull_start_adapter(
     """The adapter that training starts from; None without one.
 
     Args:
-        attempt: Its work folder gets the adapter, at the commit that the first attempt recorded.
-        location: Where it lies, from `start_of`.
-        lora: Settings that it has to agree with.
+        attempt: The adapter, at the commit that the first attempt recorded, is copied into its work folder.
+        location: Path, URI or hub id of the adapter, from `start_of`; None without one.
+        lora: Settings that the adapter has to agree with.
         storage: How to reach stores.
         added_tokens: JOB_MODEL__ADD_TOKENS.
 
@@ -75,7 +75,7 @@ def pull_safety_model(attempt: Attempt, data: Data, storage: StorageOptions) -> 
     earlier = attempt.recorded(Stage.PULL, Pulled)
     audit = None if earlier is None else earlier.dataset.audit
     if audit is not None and audit.safety is not None:
-        # the hub may have a newer commit since the first attempt, a branch or tag too
+        # the commit of the first attempt: the branch or tag may have moved since
         data = data.model_copy(update={"safety_revision": audit.safety.revision or data.safety_revision})
     safety: SafetyModel = wait_for(
         attempt, in_thread(lambda: find_safety_model(data, source, location), "safety model")

@@ -34,8 +34,8 @@ def find_prompt_rows(
     """The prompts of JOB_EVAL__PROMPTS; an empty list if it is not set.
 
     Args:
-        attempt: Its work folder gets a copy from a store.
-        options: Settings of evaluation.
+        attempt: A file in a store is copied into its work folder.
+        options: Settings of the evaluation.
         rows: Settings of the training rows.
         storage: How to reach stores.
         tokens: The tokenized training and validation rows.
@@ -107,7 +107,7 @@ def _prompts_of_rows(
 
 
 def _longest_prompt(options: Eval, rows: RowSettings) -> int:
-    """The most tokens of a prompt, so that the answer fits behind it."""
+    """The most tokens of a prompt that leave room for the answer."""
     return rows.train.max_length - options.prompts_max_new_tokens
 
 

@@ -56,7 +56,7 @@ def validation_of(data: Data) -> float | ValidationSource | None:
 
 
 def check_hub(rows: RowSettings) -> None:
-    """Checks that the data sets that are on the hub can be read; called before weights are downloaded.
+    """Checks that the data sets on the hub can be read; called before weights are downloaded.
 
     Raises:
         DataError, SettingsError: One is not there.
@@ -76,10 +76,10 @@ def fetch_rows(attempt: Attempt, rows: RowSettings, storage: StorageOptions, bel
     A later attempt gets the revisions that the first one found, except for the rows of a later training stage.
 
     Args:
-        attempt: Its work folder gets the copies.
-        rows: The settings.
+        attempt: Files from a store are copied into its work folder.
+        rows: Which rows the training stage reads.
         storage: How to reach stores.
-        below: `LATER` for a later training stage: prefix of the names of the copies' folders.
+        below: Prefix of the names of the copies' folders: `LATER` for a later training stage.
 
     Raises:
         DataError, SettingsError, Unreachable, AccessDenied, Preempted: As `fetch_input`.
@@ -116,10 +116,10 @@ def read_rows(
     """The tokenized rows for training and for validation.
 
     Args:
-        attempt: Its work folder gets the tokens if no cache keeps them.
-        rows: The settings.
-        source: As `fetch_rows` returns it.
-        validation: As `fetch_rows` returns it.
+        attempt: The tokens are written to its work folder if there is no cache.
+        rows: Which rows the training stage reads, and how they become tokens.
+        source: What to train on, as `fetch_rows` returns it.
+        validation: What to validate on, as `fetch_rows` returns it.
         tokenizer: The model's.
         options: Further arguments of `load_tokens`.
 

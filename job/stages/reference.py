@@ -49,12 +49,14 @@ def with_reference(
         Preempted: The job was asked to stop; what was computed is kept.
     """
     processes = attempt.processes
-    record = processes.share("reference that is known", lambda: published_once(attempt, REFERENCE, Referenced, NAME))
+    record = processes.broadcast(
+        "reference that is known", lambda: published_once(attempt, REFERENCE, Referenced, NAME)
+    )
     if not record:
         scores = _compute(attempt, run_id, sources, loaded, shared)
-        record = processes.share("reference", lambda: _publish(attempt, scores))
+        record = processes.broadcast("reference", lambda: _publish(attempt, scores))
     artifact = Artifact(**json.loads(record))
-    path = processes.share_on_machine("reference on this machine", lambda: str(attempt.fetch(artifact)))
+    path = processes.broadcast_on_machine("reference on this machine", lambda: str(attempt.fetch(artifact)))
     values = [tuple(json.loads(line)) for line in Path(path).read_bytes().splitlines()]
     rows, validation = len(sources.examples), sources.validation
     if isinstance(validation, Examples):
@@ -68,7 +70,7 @@ def _publish(attempt: Attempt, scores: Scores | None) -> str:
     lines = (json.dumps([score.log_likelihood for score in of_row]) + "\n" for of_row in scores or ())
     path.write_text("".join(lines), encoding="utf-8")
     artifact = attempt.publish(path, LOG_PROBS)
-    attempt.keep(REFERENCE, json.dumps(asdict(Referenced([artifact]))))
+    attempt.write_record(REFERENCE, json.dumps(asdict(Referenced([artifact]))))
     return json.dumps(asdict(artifact))
 
 

@@ -42,7 +42,7 @@ def find_safety_model(data: Data, source: str, model: str) -> SafetyModel:
     Args:
         data: Revision, labels and threshold.
         source: Hub id, or the path of a copy.
-        model: Its name in the settings.
+        model: `JOB_DATA__SAFETY_MODEL`, for the record.
 
     Raises:
         DataError, SettingsError: It is not there, or is no classifier whose labels say what is unsafe.
@@ -84,7 +84,7 @@ def screen_rows(attempt: Attempt, safety: SafetyModel, settings: Run, shared: Ob
     Args:
         attempt: Its watchdog is reset, and its count of questions grows, while rows are scored.
         safety: The classifier.
-        settings: The device, and the run's name.
+        settings: The device, and the run's id.
         shared: The store that contains all runs: a restart, or another run with the same rows, reuses the scores.
     """
     return partial(_screen, attempt, safety, settings, shared)
@@ -109,7 +109,7 @@ def _screen(attempt: Attempt, safety: SafetyModel, settings: Run, shared: Object
             finally:
                 classifier.release()
 
-        # Other machines of the run score the same rows; one of them keeps the scores.
+        # Every machine of the run scores the same rows; only one of them writes the scores to the store.
         scored = complete(dict(known_chances), compute(), cache if attempt.processes.leads else None, on_progress)
     return [score for number in range(len(sizes)) for score in scored[number]]
 
@@ -117,7 +117,7 @@ def _screen(attempt: Attempt, safety: SafetyModel, settings: Run, shared: Object
 def score_answers(safety: SafetyModel, answers: Sequence[str], check_stop: Callable[[], None]) -> list[float]:
     """The probability that each of a few answers is unsafe.
 
-    On the processor: the GPU holds the base then, and what training is going to need.
+    Computed on the CPU: the GPU then holds the base, and its free memory is needed for training.
 
     Raises:
         DataError, SettingsError: The classifier cannot be loaded.

@@ -31,7 +31,7 @@ _KEPT_SHARE = 0.5
 def choose_precision(
     attempt: Attempt, evaluation: Eval, sources: Sources, loaded: Loaded, gigabytes: float | None
 ) -> ScoringPrecision:
-    """Chooses the precision, the same in all processes. Tries on rows of the training data whether fp16 overflows.
+    """Chooses the precision, the same in all processes. Training rows show whether activations overflow fp16.
 
     `gigabytes` is JOB_TRAIN__GPU_MEMORY_GB.
     """
@@ -89,7 +89,7 @@ def _on_gpu(model: Any) -> bool:
 def other_precision(base: Evaluated, evaluation: Eval, loaded: Loaded) -> str:
     """Why a base that was scored cannot be compared with what will be scored here, in words; empty if it can."""
     base_precision, trained_in = base.precision, loaded.record.dtype
-    if base_precision is None:  # in records of older versions, which do not tell
+    if base_precision is None:  # older versions did not record it
         return ""
     if not is_precise(base_precision):  # an earlier attempt may have been on a machine of another kind
         why = f"the base was scored in {base_precision.dtype}, and the adapter would be in {trained_in} here"
@@ -139,7 +139,7 @@ def scoring_in(
 
 
 def is_precise(precision: ScoringPrecision | None) -> bool:
-    """Whether questions are scored in another precision than the model is trained in."""
+    """Whether questions are scored in another precision than that of training."""
     return precision is not None and precision.dtype != precision.sums
 
 

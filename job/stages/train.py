@@ -137,7 +137,7 @@ def _train(
     with (
         log.progress("steps", recipe.total_steps, every=settings.train.log_every_steps) as show_progress,
         AsyncUploader(
-            checkpoint_store.publisher(
+            checkpoint_store.make_committer(
                 attempt.store,
                 checkpoint_store.MarkerFields(
                     attempt.number, attempt.processes.place.world_size, software_of(loaded.plan), attempt.run
@@ -148,7 +148,7 @@ def _train(
                 on_committed=partial(_committed, attempt),
             ),
             seconds_left=attempt.stop.waiting_seconds,
-        ) as publisher,
+        ) as uploader,
     ):
         watch = Stopwatch()
         trained = train(
@@ -158,10 +158,10 @@ def _train(
             recipe=recipe,
             plan=loaded.plan,
             hooks=Hooks(
-                on_metrics=_step_logger(attempt, show_progress, watch, recipe.total_steps, publisher.check),
-                on_save=publisher.submit,
+                on_metrics=_step_logger(attempt, show_progress, watch, recipe.total_steps, uploader.check),
+                on_save=uploader.submit,
                 stop=attempt.stop,
-                fits=_fits(attempt, watch, publisher),
+                has_time=_has_time(attempt, watch, uploader),
                 on_write=lambda seconds: watch.add("save", seconds),
                 on_validation=partial(_validated, attempt),
                 on_progress=attempt.report_progress,
@@ -173,13 +173,13 @@ def _train(
             validation=validation,
         )
         if not trained.complete:
-            publisher.finish(attempt.stop.waiting_seconds())
+            uploader.finish(attempt.stop.waiting_seconds())
             raise _stopped(attempt, restored, recipe.total_steps)
     return trained
 
 
 def _note_warmup(recipe: Recipe) -> None:
-    """Warns of a run of so few steps that its learning rate never reaches the peak that was set."""
+    """Warns if the run has too few steps for its learning rate to reach the peak."""
     if 0 < recipe.total_steps <= recipe.warmup_steps and recipe.learning_rate > 0:
         log.get_logger().warning(
             "the learning rate never reaches its peak: the warmup takes all optimizer steps",
@@ -236,7 +236,7 @@ def _stopped(attempt: Attempt, restored: checkpoint_store.Restored, total_steps:
 
 
 def software_of(plan: ExecutionPlan) -> dict[str, str]:
-    """What the bits of a checkpoint depend on: versions, and the kernel of long rows, which the machine decides."""
+    """What the bits of a checkpoint depend on: versions, and the attention kernel of this machine for long rows."""
     return host.software() | ({} if plan.attention is None else {"attention of long rows": plan.attention})
 
 
@@ -251,7 +251,8 @@ def _restore(attempt: Attempt, software: dict[str, str]) -> checkpoint_store.Res
         )
         return adapter_of(checkpoint_store.Restored).dump_json(restored).decode()
 
-    restored = adapter_of(checkpoint_store.Restored).validate_json(processes.share_on_machine("checkpoint", restore))
+    record = processes.broadcast_on_machine("checkpoint", restore)
+    restored = adapter_of(checkpoint_store.Restored).validate_json(record)
     if len(set(steps := processes.gather("restored step", restored.step))) > 1:
         raise Unreachable(f"the machines see different valid checkpoints, of steps {steps}; start the run again")
     return restored
@@ -339,7 +340,7 @@ def _step_logger(
 
 
 def _validated(attempt: Attempt, metrics: ValidationMetrics) -> None:
-    """Logs a validation, and tells the trackers."""
+    """Logs a validation, and sends it to the trackers."""
     seconds = round(float(metrics.measured["seconds"] or 0), 3)
     rewards = {f"eval_{name}": round(value, 4) for name, value in metrics.preference.items()}
     log.get_logger().info(
@@ -354,15 +355,15 @@ def _committed(attempt: Attempt, step: int, seconds: float) -> None:
     log.get_logger().info("checkpoint", step=step, seconds=round(seconds, 3))
 
 
-def _fits(attempt: Attempt, watch: Stopwatch, publisher: AsyncUploader) -> Callable[[float], bool]:
-    """Whether there is time for a share of a step and for saving, after an upload that is in progress has ended."""
+def _has_time(attempt: Attempt, watch: Stopwatch, uploader: AsyncUploader) -> Callable[[float], bool]:
+    """Returns `Hooks.has_time`: whether time is left for a part of a step and for saving, after any current upload."""
 
-    def fits(share: float) -> bool:
-        uploads = 2 * max(publisher.seconds, default=0.0)
-        plan = decide(replace(watch.timings, upload=uploads), attempt.stop.remaining(), share)
-        return plan == ("finish_step" if share > 0 else "save_now")
+    def has_time(share: float) -> bool:
+        uploads = 2 * max(uploader.seconds, default=0.0)
+        decision = decide(replace(watch.timings, upload=uploads), attempt.stop.remaining(), share)
+        return decision == ("finish_step" if share > 0 else "save_now")
 
-    return fits
+    return has_time
 
 
 def _parameter_count(model: Any) -> int:

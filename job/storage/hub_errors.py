@@ -186,7 +186,8 @@ def _connection_error(error: BaseException, name: str) -> JobError | None:
     transport = type(error).__module__.split(".")[0] in _TRANSPORTS and not hasattr(error, "response")
     # `datasets` reports a failed download as a plain FileNotFoundError, without its cause.
     if transport or silent or type(error) is FileNotFoundError:
-        return Unreachable(f"{name}: the hub cannot be reached ({type(error).__name__})")
+        what = f"the hub cannot be reached ({type(error).__name__}); check the network, HF_ENDPOINT and proxies"
+        return Unreachable(f"{name}: {what}")
     return None
 
 

@@ -27,9 +27,11 @@ __all__ = [
     "TooLarge",
     "bytes_to_fetch",
     "check_key",
+    "download_listed",
     "fetch",
     "is_key",
     "is_remote",
+    "listed_files",
     "open_store",
     "storage_options",
 ]
@@ -82,20 +84,50 @@ def fetch(place: str, folder: Path, options: StorageOptions = _DEFAULT) -> str:
             pass
         else:
             return str(target)
-    start = f"{name}/" if name else ""
-    objects = {info.key.removeprefix(start): info for info in store.list(start)}
+    objects = listed_files(store, place, f"{name}/" if name else "")
     if not objects:
         raise SettingsError([Problem(place, "there is no such object, and nothing below it; correct the URI")])
-    problems = _impossible_names(place, objects)
-    if problems:
-        raise DataError(problems)
     for path, info in objects.items():
-        store.download(info.key, target / path, max_bytes=info.bytes)
-        with disk_errors(f"{place}: cannot read {target / path}"):
-            size = (target / path).stat().st_size
-        if size != info.bytes:
-            raise Unreachable(f"{place}: {path} changed while it was fetched: {info.bytes} bytes, then {size}")
+        download_listed(store, info, target / path)
     return str(target)
+
+
+def listed_files(store: ObjectStore, place: str, start: str = "") -> dict[str, ObjectInfo]:
+    """The objects whose keys begin with `start`, by the rest of their keys, which can be paths of files in one folder.
+
+    Args:
+        store: Where they are.
+        place: The URI that names them, for messages.
+        start: Empty, or ends in a slash.
+
+    Raises:
+        DataError: A name cannot be that of a file, since other programs may write such names to a bucket.
+        Unreachable, AccessDenied: As the store says.
+    """
+    objects = {info.key.removeprefix(start): info for info in store.list(start)}
+    if problems := _impossible_names(place, objects):
+        raise DataError(problems)
+    return objects
+
+
+def download_listed(store: ObjectStore, info: ObjectInfo, path: Path) -> None:
+    """Downloads an object that a listing named; another program may have replaced or removed it since.
+
+    Raises:
+        Unreachable: It is gone, or has another size. A restart lists again.
+        AccessDenied: As the store says.
+    """
+    place = f"{store.uri}/{info.key}"
+    try:
+        store.download(info.key, path, max_bytes=info.bytes)
+    except FileNotFoundError:
+        raise Unreachable(f"{place} was removed while it was fetched; start again") from None
+    except TooLarge:
+        raise Unreachable(f"{place} changed while it was fetched: it has more than its {info.bytes} bytes") from None
+    with disk_errors(f"{place}: cannot read {path}"):
+        size = path.stat().st_size
+    if size != info.bytes:
+        raise Unreachable(f"{place} changed while it was fetched: {info.bytes} bytes, then {size}")
 
 
 def _fetch_glob(place: str, location: Location, folder: Path, options: StorageOptions) -> str:
@@ -106,7 +138,7 @@ def _fetch_glob(place: str, location: Location, folder: Path, options: StorageOp
     if problems := _impossible_names(place, {info.key: info for info in objects}):
         raise DataError(problems)
     for info in objects:
-        store.download(info.key, target / info.key, max_bytes=info.bytes)
+        download_listed(store, info, target / info.key)
     return str(target / location.name)
 
 

@@ -119,12 +119,16 @@ _PERMANENT = re.compile(
 _REGION = "set JOB_STORAGE__REGION to the region of the bucket"
 # Error code -> what to do about it.
 _REMEDIES = {
+    "AccessDenied": "give this user or role the permissions that infra/storage/README.md lists",
     "AuthorizationHeaderMalformed": _REGION,
+    **dict.fromkeys(("ExpiredToken", "ExpiredTokenException"), "give new temporary keys, and start again"),
     "IllegalLocationConstraintException": _REGION,
+    "InvalidAccessKeyId": "correct AWS_ACCESS_KEY_ID, or the key in the profile of AWS_PROFILE",
     "InvalidObjectState": "restore the object, and let no lifecycle rule or JOB_STORAGE__STORAGE_CLASS archive a run's "
     "files",
     "PermanentRedirect": f"{_REGION}, and remove or correct JOB_STORAGE__ENDPOINT_URL",
     "RequestTimeTooSkewed": "set this machine's clock",
+    "SignatureDoesNotMatch": "correct AWS_SECRET_ACCESS_KEY, or the secret key in the profile of AWS_PROFILE",
 }
 _PASSWORD = re.compile(r"(?<=://)[^\s/@]*@")
 _MAX_CHARACTERS = 300

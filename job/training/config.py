@@ -1,4 +1,7 @@
-"""Arguments, callbacks and result of training as plain values, and the exception that gives up a step. No torch."""
+"""The recipe, callbacks and result of training as plain values, and the exception that abandons a step. No torch.
+
+The settings themselves are in `settings.schema` (`Train`); `stages.train` makes a `Recipe` from them.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ class Recipe:
     """Seed of the order of the examples; None to use `seed`, which also seeds dropout and noise."""
     min_lr_ratio: float = 0.0
     decay_steps: int = 0
-    """Used by the schedulers that have them, see `common/schedulers.py`."""
+    """Steps of the final decay, for schedulers that have one; see `common/schedulers.py`."""
     neftune_noise_alpha: float = 0.0
     label_smoothing: float = 0.0
     """For `sft`; for preferences see `preference`."""
@@ -70,17 +73,17 @@ class Hooks:
         on_metrics: Called with the metrics of each step.
         on_save: Called with the folder of a written checkpoint, and its step.
         stop: Whether the job has to stop.
-        fits: If so, whether there is time to compute the given share of a step and to save a checkpoint after it.
+        has_time: If so, whether there is time to compute the given share of a step and to save a checkpoint after it.
         on_write: Called with the seconds that writing a checkpoint to the local disk took.
         on_validation: Called with the metrics of each validation.
         on_progress: Called a few times during a validation, and at each layer of a long row.
-        place_of: File and line of a training row of so many tokens, for a message; empty if they are not known.
+        place_of: File and line of a training row with this number of tokens, for a message; empty if not known.
     """
 
     on_metrics: Callable[[StepMetrics], None]
     on_save: Callable[[Path, int], None]
     stop: Callable[[], bool]
-    fits: Callable[[float], bool] = lambda _share: True
+    has_time: Callable[[float], bool] = lambda _share: True
     on_write: Callable[[float], None] = lambda _seconds: None
     on_validation: Callable[[ValidationMetrics], None] = lambda _metrics: None
     on_progress: Callable[[], None] = lambda: None

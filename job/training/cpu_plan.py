@@ -1,4 +1,4 @@
-"""Whether activations are kept for the backward pass or recomputed, in training on a CPU."""
+"""Training on a CPU: whether activations are kept for the backward pass or recomputed."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from job.common.resources import available_bytes
 from job.training.memory_model import Setup, activation_bytes
 
 SHARE = 0.3
-"""Share of the available memory that activations on a CPU may take by the formula. The rest is for what the formula
-leaves out: dropout's masks (half the size of the activations), gradients, optimizer states and other processes."""
+"""Share of the available memory that activations on a CPU may take according to the formula. The rest is for what the
+formula leaves out: dropout masks (half the size of the activations), gradients, optimizer states, other processes."""
 
 
 def keeps_activations(setup: Setup, tokens: int, processes: int) -> bool:
     """Whether all activations fit in a CPU's memory, so that none has to be recomputed.
 
     Args:
-        setup: What is trained.
+        setup: The model, its adapter, and how they are trained.
         tokens: Tokens of the largest micro-batch.
         processes: Number of training processes on this machine.
     """
@@ -30,7 +30,8 @@ def plan_activations(
 ) -> tuple[bool, str]:
     """Whether PEFT's layers keep activations, and the reason for the log.
 
-    By the setting; with `auto`, only on a CPU with enough memory. The reason is empty if memory was not compared.
+    As the setting says; with `auto`, they are kept only on a CPU with enough memory. The reason is empty if the choice
+    did not depend on memory.
     """
     if recompute != "auto":
         return not recompute, ""

@@ -31,7 +31,7 @@ def progress(validations: Sequence[ValidationMetrics]) -> Progress:
 
 
 def is_due(step: int, every_steps: int, total_steps: int) -> bool:
-    """Whether there is a validation after a step: before training (0), at every interval, and after the last step."""
+    """Whether there is a validation after `step` steps: before training (0), at every interval, and after the last."""
     return step % every_steps == 0 or step == total_steps
 
 

@@ -29,7 +29,7 @@ GIB = 1 << 30
 AMPERE, VOLTA = (8, 0), (7, 0)
 """Lowest compute capabilities: `AMPERE` has bf16 and attention for segments of variable length, `VOLTA` fast fp16."""
 BUDGETS = ((40 * GIB, 16384), (11 * GIB, 4096), (0, 1024))
-"""(least bytes of GPU memory, token budget of a micro-batch), the largest first."""
+"""(minimum bytes of GPU memory, token budget of a micro-batch), the largest first."""
 GROUPED = (9, 10)
 """Major compute capabilities (Hopper, Blackwell's data-centre GPUs) for which torch has a grouped matmul kernel, in
 bf16. Elsewhere it launches one matmul for each group, and the host waits for the GPU to read the groups' sizes.
@@ -45,7 +45,7 @@ def why_not_recorded(setup: Setup, capability: tuple[int, int], *, half: str = "
     """Why a wholly fused decoder cannot be recorded as CUDA graphs on this GPU; None if it can.
 
     Args:
-        setup: What is trained; only the architecture is used.
+        setup: The model and its training; only the architecture is used.
         capability: The GPU's compute capability.
         half: The compute dtype, by its name in torch.
     """
@@ -58,7 +58,7 @@ def why_not_recorded(setup: Setup, capability: tuple[int, int], *, half: str = "
 
 
 def choose_budget(total_bytes: int) -> int:
-    """The token budget of a micro-batch, by the GPU memory in bytes that the job may use."""
+    """The token budget of a micro-batch; `total_bytes` is the GPU memory that the job may use."""
     return next(budget for least, budget in BUDGETS if total_bytes >= least)
 
 
@@ -92,7 +92,7 @@ def kept_activation_bytes(setup: Setup, tokens: int) -> int:
     formula gives 15.0 GiB; the measured peak was 36.2 GiB, of which 4.0 were NF4 weights and 13.0 dequantized ones.
 
     Args:
-        setup: What is trained.
+        setup: The model, its adapter, and how they are trained.
         tokens: Tokens of the sequence.
     """
     a = setup.architecture
@@ -125,7 +125,7 @@ def choose_plan(
     a graph would not contain the copies that bring each layer's weights.
 
     Args:
-        setup: What is trained.
+        setup: The model, its adapter, and how they are trained.
         free_bytes: Free GPU memory after the quantized model was loaded according to `setup.placement`.
         sequence_tokens: Tokens of the longest packed sequence of any step.
         keep_base: Whether to keep the dequantized base; None to choose. True only if `setup.placement` is `gpu`.
@@ -198,7 +198,7 @@ def choose_long_rows(
 
     Args:
         plan: The plan for the other rows.
-        setup: What is trained.
+        setup: The model, its adapter, and how they are trained.
         tokens: Tokens of the longest micro-batch with a long row that one process computes alone; 0 if there is none.
         free_bytes: Free GPU memory, without the memory that the plan keeps for other rows.
         host_bytes: Main memory available to this process.
@@ -247,7 +247,7 @@ def long_row_need(
     Includes the formula's margin of error and CUDA's context.
 
     Args:
-        setup: What is trained.
+        setup: The model, its adapter, and how they are trained.
         tokens: Tokens of the row.
         processes: Number of processes that compute the row together.
         offloaded: As in `long_row_bytes`.
@@ -262,7 +262,7 @@ def held_bytes(setup: Setup, plan: ExecutionPlan, tokens: int) -> int:
     """Bytes of GPU memory that a plan keeps between micro-batches: the dequantized base, and the pool of CUDA graphs.
 
     Args:
-        setup: What is trained.
+        setup: The model, its adapter, and how they are trained.
         plan: A plan from `choose_plan`.
         tokens: Tokens of the longest padded sequence.
     """
@@ -279,7 +279,7 @@ def choose_placement(
     """The first placement of the base's quantized weights with which the run fits on the GPU, else the last.
 
     Args:
-        setup: What is trained.
+        setup: The model, its adapter, and how they are trained.
         memory_bytes: Usable GPU memory before anything is loaded.
         placements: Keys of `memory_model.PLACEMENTS` to choose from, the fastest first.
         needs: Gives the run's peak of GPU memory in bytes for a setup with a `placement`.

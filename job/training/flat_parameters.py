@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 SUMMED_BESIDE = 64
-"""The most numbers that a step may sum over the processes in one all-reduce with the gradient: its loss and metrics."""
+"""Maximum count of numbers (loss and metrics) that a step sums over the processes together with the gradient."""
 
 
 class FlatParameters:
@@ -35,14 +35,14 @@ class FlatParameters:
         """(size,): its gradient."""
         self._gradients = self.views(self.gradient)
         self._trained: torch.Tensor | None = None
-        self._noted: torch.Tensor | None = None
+        self._before_step: torch.Tensor | None = None
         for parameter, view in zip(self._parameters, self.views(self.whole.detach()), strict=True):
             view.copy_(parameter.detach())
             # Aliases: an optimizer step on `whole` is one on each parameter, and loading an adapter fills `whole`.
             parameter.data = view
 
     def gradient_and(self, numbers: torch.Tensor) -> torch.Tensor:
-        """The gradient, and behind it these numbers, in one tensor, so that processes can sum both in place at once.
+        """The gradient followed by these numbers, in one tensor, so that one all-reduce sums both in place.
 
         Args:
             numbers: (n,), of at most `SUMMED_BESIDE`; they are copied.
@@ -67,18 +67,18 @@ class FlatParameters:
         self.views(self._trained)[index].copy_(trained)
 
     def before_step(self) -> None:
-        """Zeroes the gradient, in place, where a parameter is not trained, and notes the values there."""
+        """Zeroes the gradient, in place, where a parameter is not trained, and copies the values before the step."""
         if self._trained is not None:
             self.gradient.mul_(self._trained)
-            self._noted = self.whole.detach().clone()
+            self._before_step = self.whole.detach().clone()
 
     def after_step(self) -> None:
-        """Puts the noted values back, in place: weight decay moves them, and so does an 8-bit optimizer.
+        """Restores, in place, the values that are not trained: weight decay and 8-bit optimizers change them.
 
-        Its moments of zero come back a little off zero where a block holds others that are not.
+        With an 8-bit optimizer, a moment of zero is not exactly zero after it was quantized in a block with others.
         """
-        if self._trained is not None and self._noted is not None:
-            self.whole.data.copy_(torch.where(self._trained.bool(), self.whole, self._noted))
+        if self._trained is not None and self._before_step is not None:
+            self.whole.data.copy_(torch.where(self._trained.bool(), self.whole, self._before_step))
 
     def clear(self) -> None:
         """Zeroes the gradient in place, and makes the parameters' `.grad` views of it.

@@ -64,7 +64,7 @@ def require_fp8_model(setup: Setup | None, dtype: str | None) -> None:
     """Checks that compute dtype and architecture allow FP8.
 
     Args:
-        setup: What is trained; None if the architecture is not known.
+        setup: The model and its training; None if the architecture is not known.
         dtype: The compute dtype by its name in torch; None if PEFT's own layers compute.
 
     Raises:
@@ -85,7 +85,7 @@ def require_fp8_layers(setup: Setup | None, slow: str | None) -> None:
     """Checks that the adapted layers can be computed in FP8.
 
     Args:
-        setup: What is trained; None if the architecture is not known.
+        setup: The model and its training; None if the architecture is not known.
         slow: Why PEFT's own layers compute; None if the fused ones do.
 
     Raises:

@@ -98,7 +98,7 @@ _TORCH_IN_ALL: set[tuple[str, str]] = set()
 def agree_on_kernels(processes: Processes, device: Any, dtypes: Sequence[str]) -> None:
     """Makes all processes use torch's operations if one of them cannot use Triton's kernels.
 
-    Triton's results differ from torch's in the last bits, so replicas would compute different gradients and scores.
+    Triton's results differ from torch's in the last bits, so processes would compute different gradients and scores.
     All processes call this before they use kernels from `fast_kernels`.
 
     Args:

@@ -14,8 +14,8 @@ from job.common.resources import main_memory
 from job.distributed.processes import Processes
 from job.training.execution_plan import HOST_SHARE, longest_sequence
 from job.training.gpu_memory import gpu_memory
+from job.training.memory_check import Sharing
 from job.training.memory_model import LONG_ROW, Setup
-from job.training.refusal import Sharing
 from job.training.sequence_parallel import tokens_alone, why_not_divided
 
 
@@ -60,7 +60,7 @@ def plan_rows(
 
     Args:
         model: The base with its adapter.
-        setup: What is trained; None if the architecture is not known.
+        setup: The model and its training; None if the architecture is not known.
         lengths: Tokens of each example.
         fused: Whether fused layers compute in this process.
         budget: The token budget of a micro-batch.

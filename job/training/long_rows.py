@@ -82,7 +82,7 @@ class LongRows:
     host: HostBuffers = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # Freeing memory while it is pinned would make later copies fail, so it is unpinned before this object goes.
+        # Freeing memory while it is pinned would make later copies fail, so it is unpinned when this object is deleted.
         weakref.finalize(self, release, self.host, self.model.device).atexit = False
 
     def gradient(
@@ -96,8 +96,8 @@ class LongRows:
 
         Args:
             examples: The micro-batch.
-            weight: () float32.
-            plan: The execution plan.
+            weight: () float32: factor of the loss.
+            plan: Whether activations are offloaded, attention's output is kept, and which kernel computes it.
             sp_group: The processes that compute the row together; None if this process computes it alone.
 
         Returns:
@@ -110,8 +110,10 @@ class LongRows:
         device = self.model.device
         sequence = unpadded_sequence(examples, device)
         with ActivationStore(device, self.host if plan.offloaded else None) as store:
-            both = _LayerwisePass(self.model, self.loss, sequence, store, plan, check=self.check, sp_group=sp_group)
-            return both.backward(both.forward(), weight)
+            layerwise = _LayerwisePass(
+                self.model, self.loss, sequence, store, plan, check=self.check, sp_group=sp_group
+            )
+            return layerwise.backward(layerwise.forward(), weight)
 
     def summed_loss(
         self, examples: Sequence[Example], plan: ExecutionPlan, sp_group: SequenceParallelGroup | None = None
@@ -121,8 +123,8 @@ class LongRows:
         With `sp_group` it is the loss of this process's tokens, to be summed over the processes.
         """
         sequence = unpadded_sequence(examples, self.model.device)
-        only = _LayerwisePass(self.model, self.loss, sequence, None, plan, check=self.progress, sp_group=sp_group)
-        return only.summed_loss(only.forward())
+        layerwise = _LayerwisePass(self.model, self.loss, sequence, None, plan, check=self.progress, sp_group=sp_group)
+        return layerwise.summed_loss(layerwise.forward())
 
     def release(self) -> None:
         """Frees the buffers in host memory."""
@@ -152,12 +154,12 @@ class _LayerwisePass:
         self._layout = build_layout(sequence.segments, model.device)
         self._row_tokens = sequence.tokens.shape[1]
         self._arguments: list[Mapping[str, Any]] = []
-        """By layer, the arguments besides the hidden states with which the decoder calls it."""
+        """For each layer, the arguments besides the hidden states with which the decoder calls it."""
 
     def forward(self) -> torch.Tensor:
         """The output of the last layer, (1, tokens, hidden); transformers' code of the decoder calls the layers."""
         ids, _, positions = self._sequence.tokens.unbind()
-        last: list[torch.Tensor] = []  # the output of the latest layer
+        last: list[torch.Tensor] = []  # the output of the last layer so far; a list, so that `one` can replace it
 
         def one(layer: Any, x: torch.Tensor, **arguments: Any) -> torch.Tensor:
             self._check()
@@ -192,11 +194,11 @@ class _LayerwisePass:
         for tile in self._tiles(last):
             part = last[:, tile].detach().requires_grad_()
             with torch.enable_grad():
-                own = self._loss_of(part, tile) * weight
-            own.backward()  # type: ignore[no-untyped-call]
+                tile_loss = self._loss_of(part, tile) * weight
+            tile_loss.backward()  # type: ignore[no-untyped-call]
             assert part.grad is not None  # noqa: S101 - for the type
             last[:, tile] = part.grad  # in place of this tile's hidden states, which are not needed any more
-            loss += own.detach()
+            loss += tile_loss.detach()
         gradient: torch.Tensor | None = last
         del last
 
@@ -240,7 +242,7 @@ def _own_part(sequence: PaddedSequence, sp_group: SequenceParallelGroup) -> Padd
 
 @contextmanager
 def _in_place_of_forward(layers: Sequence[Any], call: Callable[..., Any]) -> Iterator[None]:
-    """Context manager: calling a layer computes `call(layer, ...)`; transformers' gradient checkpointing is off."""
+    """Context manager in which calling a layer computes `call(layer, ...)`, without gradient checkpointing."""
     before = [(vars(layer).get("forward"), layer.gradient_checkpointing) for layer in layers]
     for layer in layers:
         layer.forward = _bound(call, layer)

@@ -1,8 +1,8 @@
-"""What training and evaluation need of memory, by formula: bytes on the GPU. Pure functions of numbers.
+"""Formulas for the GPU memory that training and evaluation need, in bytes. Pure functions of numbers.
 
-The formulas count what this job's code holds (`model/`, `training/`). Memory is what torch allocates; the driver's
-context and fragmentation are additional, see `usable_bytes`. A micro-batch is one packed sequence. How long the work
-takes is in `planning.time_model`.
+They count the tensors that the job's code has in memory at its peak (`model/`, `training/`), as torch allocates them.
+The driver's context and fragmentation come on top (`usable_bytes`). A micro-batch is one packed sequence. Formulas for
+time are in `planning.time_model`.
 """
 
 from __future__ import annotations
@@ -23,49 +23,56 @@ HEAD_ROWS, HEAD_COLUMNS = 4096, 32768
 """Size of the tiles (tokens, vocabulary entries) in which the logits are computed; they are never kept."""
 
 LONG_ROW = 16384
-"""A row of more tokens is computed by `training.long_rows`. No micro-batch is longer without one, unless it is set."""
+"""A row of more tokens is computed by `training.long_rows`. The default token budgets are not larger than this."""
 TILE_TOKENS = 8192
 """Tokens of a tile of such a row (`fused.tiled_layer`): enough for products that use a whole GPU."""
 TOKEN_BYTES = 24
-"""Of a token's id, label and position."""
+"""Bytes of a token's id, label and position, int64 each."""
 ATTENTION_COPIES = 132
-"""Heads' fp32 gradients in the backward pass of flash attention of a long row: about one for each of a GPU's
-processors, an H100's here."""
+"""Number of fp32 gradients of one head's queries that the backward pass of flash attention holds for a long row: about
+one for each streaming multiprocessor of the GPU, here of an H100."""
 
 MORE_QUERIES = 2
-"""Further tensors of the queries' width in that backward pass. Not found in the code, but in peaks on an H200 that grow
-faster than what was: with them 343,000 tokens are forecast 3 % too low, 78,500 and 64,000 0 to 12 % too high
-(`2026-11-29-h200-long-rows.jsonl`, `2026-11-29-h200-long-rows-cudnn.jsonl`)."""
+"""Further tensors of the queries' width in that backward pass. Not found in the code; added because measured peaks on
+an H200 grow faster with the length than the formula without them. With them the forecast is 3 % too low for 343,000
+tokens, and 0 to 12 % too high for 78,500 and 64,000 (`2026-11-29-h200-long-rows.jsonl`,
+`2026-11-29-h200-long-rows-cudnn.jsonl`)."""
 
 PLACEMENTS = ("gpu", "sharded", "host")
-"""Where the quantized weights of the decoder's layers may lie, the fastest first; see `model.placed_weights`."""
+"""Where the quantized weights of the decoder's layers may be, the fastest place first; see `model.placed_weights`."""
 LAYERS_AT_ONCE = {"sharded": 3, "host": 2}
-"""How many layers are on the GPU as a whole where not all of them are: the one that computes, the one that comes next,
-and, gathered only to take part, one that another process needs."""
+"""Number of complete layers on the GPU if the placement is not `gpu`: the layer that computes, the next one, and, if
+sharded, one that only another process needs, in whose all-gather this process takes part."""
 
 EXPERT_COPIES = 4
-"""Tensors of the width of a token's copies for its experts (`fused/experts.py`) that there are at once: two
-gradients of them and one in the order of the tokens; or what the experts make of them, that in the order of the tokens,
-and in fp32 its product with the router's weights. Counted, and of 2 to 4 chosen by two runs on an H200: with it and
-`EXPERT_WIDTHS` all activations are 2 % (Mixtral) and 11 % (Qwen3-30B-A3B) more than these took. No other tested it."""
+"""Number of tensors that exist at once with one row for each (token, chosen expert) (`fused/experts.py`). Backward: two
+gradients in the order of the experts, and one in the order of the tokens. Forward: the experts' output, the same in the
+order of the tokens, and its fp32 product with the router's weights. Counting allows 2 to 4; 4 was chosen by two runs on
+an H200: with it and `EXPERT_WIDTHS` the forecast of all activations is 2 % (Mixtral) and 11 % (Qwen3-30B-A3B) higher
+than measured. No other model was tested."""
 EXPERT_WIDTHS = 4
-"""The same of their intermediate width: the gate's output, its gradient, and those of gate and up."""
+"""Number of such tensors of the experts' intermediate width: the gated activation, its gradient, and the gradients of
+gate and up."""
 ORIGINAL_SHARE = 0.9
-"""Of the memory that is free beside the quantized base, what scoring the unquantized one may fill: the formula's error,
-and what the allocator cannot use."""
+"""Share of the memory that is free besides the quantized base which scoring the unquantized base may fill. The rest is
+for the formula's error and for memory that the allocator cannot use."""
 MARGIN = 0.1
-"""Relative error of the prediction, including fragmentation: from the measured points of `test_memory_model.py`."""
+"""Relative error of the forecast, including fragmentation: from the measured points of `test_memory_model.py`."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What is trained, and how.
+    """The model, its adapter, and how they are trained: the input of all formulas.
 
-    rank, targets: Of the adapter: the width of its two matrices, and the layers that have one.
-    quantization: `nf4` or `none`.
-    value_bytes: Bytes of a number in the compute dtype.
-    optimizer: A key of `OPTIMIZERS`.
-    recompute: Whether activations are computed again in the backward pass.
+    Attributes:
+        architecture: The base's.
+        rank: LoRA's rank.
+        targets: Names of the linear layers that have an adapter.
+        quantization: `nf4` or `none`.
+        double_quantization: Whether the quantization constants are quantized as well.
+        value_bytes: Bytes of a number in the compute dtype.
+        optimizer: A key of `OPTIMIZERS`.
+        recompute: Whether activations are recomputed in the backward pass (gradient checkpointing).
     """
 
     architecture: Architecture
@@ -77,24 +84,25 @@ class Setup:
     optimizer: str
     recompute: bool
     counted: int | None = None
-    """The adapter's parameters, where rank and targets alone do not say it."""
+    """Number of the adapter's parameters, if it does not follow from rank and targets; else None."""
     expert_adapter: int = 0
-    """How many of them are of a mixture's experts."""
+    """Number of the adapter's parameters that belong to the experts of a mixture."""
     dora: bool = False
+    """Whether the adapter is of the kind DoRA."""
     bytes_beside: int = 0
     """`AdapterOptions.bytes_beside`."""
     merged_rows: int = 0
-    """Rows of embedding and output layer that PEFT copies in every pass, to put those of new tokens in place."""
+    """Rows of embedding and output layer that PEFT copies in every pass, to insert the rows of new tokens."""
     placement: str = "gpu"
     """One of `PLACEMENTS`."""
     processes: int = 1
-    """That hold a share each where `placement` is `sharded`."""
+    """Number of processes that the weights are divided over, if `placement` is `sharded`."""
     plain_experts: bool = False
     """Whether a mixture's experts are not quantized, although its linear layers are (`experts.left_plain`)."""
 
     @property
     def quantized(self) -> int:
-        """Number of the weights that `quantization` is about."""
+        """Number of weights to which `quantization` applies."""
         a = self.architecture
         return a.linear_parameters - self.plain_experts * a.layers * a.expert_parameters
 
@@ -107,14 +115,14 @@ class Setup:
 
     @property
     def used_adapter(self) -> int:
-        """Those of them that a token is multiplied by: not the adapters of experts to which it does not go."""
+        """Number of the adapter's parameters that one token uses: without those of experts it is not routed to."""
         a = self.architecture
         return self.adapter - self.expert_adapter * (a.experts - a.chosen) // max(1, a.experts)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the GPU at the peak of training, by what they are for."""
+    """Bytes on the GPU at the peak of training, by purpose."""
 
     weights: int
     adapter: int
@@ -124,16 +132,16 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum."""
         return self.weights + self.adapter + self.gradients + self.optimizer + self.activations
 
 
 def weight_bytes(setup: Setup) -> int:
     """Bytes of the frozen base on the GPU.
 
-    NF4 holds half a byte a weight, and a constant for each 64 weights: of four bytes, or with double quantization of
-    one, and another four for each 256 of these. Embedding, output layer and norms are held in the compute dtype.
-    Where the layers' weights are sharded or in host memory, a few whole layers are on the GPU at any time.
+    NF4 takes half a byte per weight, and one constant per 64 weights: 4 bytes, or with double quantization 1 byte, plus
+    4 bytes per 256 constants. Embedding, output layer and norms are in the compute dtype. If the layers' weights are
+    sharded or in host memory, a few complete layers are on the GPU at any time.
 
     Source: Dettmers et al. 2023, QLoRA (arXiv:2305.14314), section 3; bitsandbytes' block sizes.
     """
@@ -145,18 +153,18 @@ def weight_bytes(setup: Setup) -> int:
 
 
 def packed_bytes(setup: Setup) -> int:
-    """Bytes of all layers' NF4 weights with their constants, wherever they lie."""
+    """Bytes of all layers' NF4 weights with their constants, in any placement."""
     blocks = -(-setup.quantized // NF4_BLOCK)
     constants = blocks + 4 * -(-blocks // DOUBLE_BLOCK) if setup.double_quantization else 4 * blocks
     return setup.quantized // 2 + constants
 
 
 MAIN_MEMORY_SHARE = 0.8
-"""Of the main memory that is available, what the base's weights may fill; the rest is for the job itself. Assumed."""
+"""Share of the available main memory that the base's weights may fill; the rest is for the job itself. Assumed."""
 
 
 def copies_in_main_memory(setup: Setup, processes: int) -> str:
-    """What `host` takes of a machine's main memory, in words: each of its processes has a copy of the weights."""
+    """How much main memory the placement `host` takes, in words: each of the machine's processes has a copy."""
     copy = size(packed_bytes(setup), " ")
     if processes == 1:
         return f"the base's 4-bit weights take {copy} of main memory"
@@ -165,62 +173,62 @@ def copies_in_main_memory(setup: Setup, processes: int) -> str:
 
 
 def _held_bytes(setup: Setup) -> int:
-    """Those of them that are on the GPU."""
+    """The part of `packed_bytes` that is on this process's GPU."""
     whole = packed_bytes(setup)
     if setup.placement == "gpu":
         return whole
-    passing = LAYERS_AT_ONCE[setup.placement] * whole // setup.architecture.layers
-    own = -(-whole // setup.processes) if setup.placement == "sharded" else 0
-    return min(whole, own + passing)
+    complete_layers = LAYERS_AT_ONCE[setup.placement] * whole // setup.architecture.layers
+    own_shard = -(-whole // setup.processes) if setup.placement == "sharded" else 0
+    return min(whole, own_shard + complete_layers)
 
 
 def kept_bytes(setup: Setup) -> int:
     """Bytes that one layer keeps per token for its backward pass, with PEFT's layers.
 
-    In fp32: the inputs of the norms, also of those of queries and keys. In the compute dtype: the input of the query,
-    key and value layers and that of the feed-forward layer; queries, keys and values (these repeated to the queries'
-    width), the attention's output and its copy for the output layer; the gate, its activation, the other branch and
-    their product. Inputs of the frozen weights need not be kept, those of the adapter beside them are the same tensors;
-    its own are `rank` wide.
+    In fp32: the inputs of all norms, including those of queries and keys. In the compute dtype: the input of the query,
+    key and value projections, and that of the feed-forward layer; queries, keys and values (keys and values repeated to
+    the queries' width), attention's output and a copy of it for the output projection; gate, its activation, up, and
+    their product. The adapter's A reads the same inputs as the frozen weights, so they count once; the input of its B
+    has width `rank`.
 
-    Source: counted in the code, in the manner of Korthikanti et al. 2022 (arXiv:2205.05198), section 4; a test counts
-    what autograd keeps.
+    Source: counted in the code, like Korthikanti et al. 2022 (arXiv:2205.05198), section 4; a test counts what autograd
+    keeps.
     """
     a = setup.architecture
     # DoRA scales the outputs of base and adapter, and needs both for the gradient of its magnitudes.
     outputs = 2 * sum(a.linear[name][1] for name in setup.targets if name in a.linear) if setup.dora else 0
     # Of quantized experts only gate and up are kept (`fused/experts.py`).
-    halves = 2 if a.experts and setup.quantization != "none" and not setup.plain_experts else 4
-    wide = outputs + 2 * a.hidden + 5 * a.queries + halves * a.intermediate + setup.rank * len(setup.targets)
+    intermediates = 2 if a.experts and setup.quantization != "none" and not setup.plain_experts else 4
+    wide = outputs + 2 * a.hidden + 5 * a.queries + intermediates * a.intermediate + setup.rank * len(setup.targets)
     normed = a.norms * a.hidden + (a.queries + a.keys if a.query_norm else 0)
     return FP32 * normed + setup.value_bytes * wide
 
 
 def activation_bytes(setup: Setup, tokens: int) -> int:
-    """Bytes of activations at the peak of a micro-batch of so many tokens, where PEFT's own layers compute.
+    """Bytes of activations at the peak of a micro-batch of this many tokens, with PEFT's layers.
 
     Without recomputation, the activations of all layers are in memory when the backward pass begins; with it, the input
-    of each layer and all activations of the current one. Added to them are either the working space of that layer's
-    backward pass (gradients twice as wide as the feed-forward layer and twice as the stream, and the largest matrix
-    dequantized), or that of the chunked loss: the last hidden states, their gradient in fp32, and one tile of logits.
+    of each layer and all activations of the current one. The larger of two is added: the working space of one layer's
+    backward pass (two gradients of the intermediate width, two of the residual stream, and the largest matrix
+    dequantized), or that of the chunked loss (the last hidden states, their fp32 gradient, and one tile of logits).
     """
-    a, size = setup.architecture, setup.value_bytes
+    a, value_bytes = setup.architecture, setup.value_bytes
     layer = kept_bytes(setup) * tokens
-    dequantized = a.largest_matrix * size if setup.quantization != "none" else 0
+    dequantized = a.largest_matrix * value_bytes if setup.quantization != "none" else 0
     widths = EXPERT_WIDTHS if a.experts else 2
-    backward = size * (widths * a.intermediate + 2 * a.hidden + EXPERT_COPIES * a.copies) * tokens + dequantized
-    tile = min(tokens, HEAD_ROWS) * min(a.vocabulary, HEAD_COLUMNS) * size
-    loss = tokens * a.hidden * (size + FP32) + tile
+    backward = value_bytes * (widths * a.intermediate + 2 * a.hidden + EXPERT_COPIES * a.copies) * tokens + dequantized
+    tile = min(tokens, HEAD_ROWS) * min(a.vocabulary, HEAD_COLUMNS) * value_bytes
+    loss = tokens * a.hidden * (value_bytes + FP32) + tile
     if setup.recompute:
-        return a.layers * a.hidden * size * tokens + max(layer + backward, loss)
+        return a.layers * a.hidden * value_bytes * tokens + max(layer + backward, loss)
     return a.layers * layer + max(backward, loss)
 
 
 def least_activation_bytes(setup: Setup, tokens: int) -> int:
-    """A lower bound of the bytes of activations of a row that goes through the model as a whole, by any layers.
+    """A lower bound of the bytes of activations of a row that the model computes as a whole, by any layers.
 
-    The input of each layer, and what the fused layers keep of one layer: the stream before both halves, the outputs of
-    both norms, queries and attention's output; gate, up and their product.
+    The input of each layer, and what the fused layers keep of one layer: the residual stream before attention and
+    before the feed-forward layer, the outputs of both norms, queries, attention's output, gate, up and their product.
     """
     a = setup.architecture
     return setup.value_bytes * tokens * (a.layers * a.hidden + 6 * a.hidden + 3 * a.intermediate)
@@ -229,56 +237,59 @@ def least_activation_bytes(setup: Setup, tokens: int) -> int:
 def long_row_bytes(setup: Setup, tokens: int, *, offloaded: bool, kept_attention: bool, copies: int) -> int:
     """Bytes of activations on the GPU at the peak of a row that is computed layer by layer (`training.long_rows`).
 
-    The input of each layer, and attention's output where it is kept, wait on the GPU or in host memory; of those in
-    host memory two layers' are on the GPU. Beside them is the layer that is computed again. Its backward pass is at its
-    peak in attention, with the output of the first norm, queries, keys, values and the output, the gradients of all of
-    these and of the stream, and the kernel's fp32 sums; or in the feed-forward half, with one tile of it.
+    The input of each layer, and attention's output if it is kept, are stored on the GPU or in host memory until the
+    backward pass; of those in host memory, two layers' are on the GPU at a time. In addition there is the layer that is
+    recomputed. The peak of its backward pass is either in attention (the output of the first norm, queries, keys,
+    values and attention's output, the gradients of all of these and of the residual stream, and the kernel's fp32
+    gradients) or in the feed-forward half (one tile of it).
 
     Args:
-        setup: What is trained.
-        tokens: Of the micro-batch.
-        offloaded: Whether what waits lies in host memory.
-        kept_attention: Whether attention's output is kept.
-        copies: Heads' fp32 gradients of the queries that the kernel holds (`fused.long_attention`).
+        setup: The model, its adapter, and how they are trained.
+        tokens: Tokens of the micro-batch.
+        offloaded: Whether the stored tensors are in host memory.
+        kept_attention: Whether attention's output is stored, too.
+        copies: Number of fp32 gradients of one head's queries that the kernel holds (`fused.long_attention`).
     """
-    a, size = setup.architecture, setup.value_bytes
-    keys, output = a.kv_heads * a.head_size, a.queries * size + FP32 * a.heads
-    waiting = a.hidden * size + kept_attention * output
+    a, value_bytes = setup.architecture, setup.value_bytes
+    keys, output = a.kv_heads * a.head_size, a.queries * value_bytes + FP32 * a.heads
+    waiting = a.hidden * value_bytes + kept_attention * output
     all_waiting = (2 if offloaded else a.layers) * waiting
-    again = 0 if kept_attention else output
-    attention = size * (2 * a.hidden + (3 + MORE_QUERIES) * a.queries + 4 * keys) + again
+    recomputed_output = 0 if kept_attention else output
+    attention = value_bytes * (2 * a.hidden + (3 + MORE_QUERIES) * a.queries + 4 * keys) + recomputed_output
     attention += FP32 * copies * a.head_size
-    feed_forward = size * (3 * a.hidden + a.queries + 2 * keys) + again
-    tile = size * (7 * a.intermediate + 6 * a.hidden + EXPERT_COPIES * a.copies) * min(tokens, TILE_TOKENS)
-    positions = 3 * size * a.head_size + TOKEN_BYTES
-    loss = min(tokens, HEAD_ROWS) * min(a.vocabulary, HEAD_COLUMNS) * size + FP32 * a.hidden * min(tokens, TILE_TOKENS)
+    feed_forward = value_bytes * (3 * a.hidden + a.queries + 2 * keys) + recomputed_output
+    tile = value_bytes * (7 * a.intermediate + 6 * a.hidden + EXPERT_COPIES * a.copies) * min(tokens, TILE_TOKENS)
+    positions = 3 * value_bytes * a.head_size + TOKEN_BYTES
+    logits = min(tokens, HEAD_ROWS) * min(a.vocabulary, HEAD_COLUMNS) * value_bytes
+    loss = logits + FP32 * a.hidden * min(tokens, TILE_TOKENS)
     return (all_waiting + positions) * tokens + max(attention * tokens, feed_forward * tokens + tile, loss)
 
 
 def long_row_host_bytes(setup: Setup, tokens: int, *, kept_attention: bool) -> int:
-    """Bytes of host memory for what waits for the backward pass of such a row, where it is offloaded."""
-    a, size = setup.architecture, setup.value_bytes
-    return a.layers * tokens * (a.hidden * size + kept_attention * (a.queries * size + FP32 * a.heads))
+    """Bytes of host memory for the tensors that such a row stores until the backward pass, if they are offloaded."""
+    a, value_bytes = setup.architecture, setup.value_bytes
+    return a.layers * tokens * (a.hidden * value_bytes + kept_attention * (a.queries * value_bytes + FP32 * a.heads))
 
 
 def attention_copies(architecture: Architecture, capability: tuple[int, int]) -> int:
-    """`copies` of `long_row_bytes`, by the compute capability of a GPU that need not be at hand."""
+    """`copies` of `long_row_bytes` on a GPU of this compute capability, which this machine need not have."""
     return architecture.triton_copies if architecture.attends_by_triton(capability) else ATTENTION_COPIES
 
 
 def training_memory(
     setup: Setup, tokens: int, *, tiles: bool = False, offload: bool | None = None, copies: int = ATTENTION_COPIES
 ) -> Memory:
-    """Bytes at the peak of training with micro-batches of so many tokens.
+    """Bytes at the peak of training with micro-batches of this many tokens.
 
     The adapter is in fp32, and autocast keeps a copy of it in the compute dtype; gradients are in fp32.
 
     Args:
-        setup: What is trained.
-        tokens: Of the largest micro-batch.
-        tiles: Whether a row of more than `LONG_ROW` tokens is computed layer by layer, in the way that takes the least.
-        offload: Of such a row, `JOB_TRAIN__OFFLOAD_ACTIVATIONS`; None to choose.
-        copies: Of such a row, as in `long_row_bytes`.
+        setup: The model, its adapter, and how they are trained.
+        tokens: Tokens of the largest micro-batch.
+        tiles: Whether a row of more than `LONG_ROW` tokens is computed layer by layer, in the way that needs the least
+            memory.
+        offload: `JOB_TRAIN__OFFLOAD_ACTIVATIONS`, for such a row; None to choose.
+        copies: As in `long_row_bytes`.
     """
     activations = activation_bytes(setup, tokens)
     if tiles and tokens > LONG_ROW:
@@ -290,60 +301,66 @@ def training_memory(
         adapter=setup.adapter * (FP32 + copy + setup.bytes_beside),
         gradients=FP32 * setup.adapter,
         optimizer=OPTIMIZERS[setup.optimizer].state_bytes(setup.adapter),
-        # The copies, and as large a gradient of each.
+        # PEFT's copies of the merged rows, and a gradient of the same size for each.
         activations=activations + 2 * setup.merged_rows * setup.architecture.hidden * setup.value_bytes,
     )
 
 
 def evaluation_bytes(setup: Setup, tokens: int, reads: int) -> int:
-    """Bytes at the peak of scoring a packed sequence of so many tokens, at `reads` of which logits are formed.
+    """Bytes at the peak of scoring a packed sequence of this many tokens, with logits at `reads` of them.
 
-    Nothing is kept from layer to layer. The feed-forward layer has four tensors of its width at once; the logits are
-    there in the compute dtype, in fp32, and once more as their logarithms. A weight that is
-    dequantized for each use is there once more, with the adapter's columns beside it. In half precision the output
-    layer has a copy in fp16 (`fused/precise_forward.py`). After training, gradients and moments may still be there.
+    No activation is kept from layer to layer. The feed-forward layer has four tensors of the intermediate width at
+    once. There are three tensors of the size of the logits: in the compute dtype, in fp32, and their log-softmax. A
+    weight that is dequantized for each use is copied once more, with the adapter's columns appended. In half precision
+    the output layer has a copy in fp16 (`fused/precise_forward.py`). After training, gradients and optimizer states may
+    still be in memory.
     """
-    a, size = setup.architecture, setup.value_bytes
-    logits = reads * a.vocabulary * (size + 2 * FP32)
-    return _held_in_evaluation(setup) + max(_forward_bytes(setup, tokens), logits + size * a.hidden * tokens)
+    a, value_bytes = setup.architecture, setup.value_bytes
+    logits = reads * a.vocabulary * (value_bytes + 2 * FP32)
+    return _held_in_evaluation(setup) + max(_forward_bytes(setup, tokens), logits + value_bytes * a.hidden * tokens)
 
 
 def generation_bytes(setup: Setup, prompt: int, tokens: int) -> int:
-    """Bytes at the peak of answering one prompt of so many tokens, which has `tokens` with its answer.
+    """Bytes at the peak of answering one prompt.
 
-    More prompts are answered at a time where they fit (`evaluation/generation_batches.py`). The cache has keys and
-    values of all layers. Reading the prompt is a forward pass as in scoring; where the decoder is not fused,
-    attention's scores are there as a whole, in the compute dtype, as probabilities, and in fp32. Each step of decoding
-    repeats one layer's keys and values for all heads of the queries.
+    More prompts are answered at a time if they fit (`evaluation/generation_batches.py`). The cache has keys and values
+    of all layers. Reading the prompt is a forward pass as in scoring; if the decoder is not fused, attention's complete
+    scores are in memory three times: in the compute dtype, in fp32, and as probabilities. Each step of decoding repeats
+    one layer's keys and values for all query heads.
+
+    Args:
+        setup: The model, its adapter, and how they are trained.
+        prompt: Tokens of the prompt.
+        tokens: Tokens of prompt and answer together.
     """
-    a, size = setup.architecture, setup.value_bytes
-    scores = 0 if a.fused else a.heads * prompt**2 * (2 * size + FP32)
-    step = key_value_bytes(1, a.queries, size) * tokens + a.vocabulary * (size + 2 * FP32)
+    a, value_bytes = setup.architecture, setup.value_bytes
+    scores = 0 if a.fused else a.heads * prompt**2 * (2 * value_bytes + FP32)
+    step = key_value_bytes(1, a.queries, value_bytes) * tokens + a.vocabulary * (value_bytes + 2 * FP32)
     return _held_in_evaluation(setup) + cache_bytes(setup, tokens) + max(_forward_bytes(setup, prompt) + scores, step)
 
 
 def cache_bytes(setup: Setup, tokens: int) -> int:
-    """Bytes of the keys and values of so many tokens in all layers, in the compute dtype."""
+    """Bytes of the keys and values of this many tokens in all layers, in the compute dtype."""
     return key_value_bytes(setup.architecture.layers, setup.architecture.keys, setup.value_bytes) * tokens
 
 
 def _held_in_evaluation(setup: Setup) -> int:
-    """What is there in every forward pass of an evaluation."""
-    held, size = training_memory(setup, 0), setup.value_bytes
-    head = 0 if size == FP32 else 2 * setup.architecture.vocabulary * setup.architecture.hidden
+    """Bytes of weights, adapter, gradients and optimizer states, and of the output layer's fp16 copy."""
+    held, value_bytes = training_memory(setup, 0), setup.value_bytes
+    head = 0 if value_bytes == FP32 else 2 * setup.architecture.vocabulary * setup.architecture.hidden
     return held.total - held.activations + head
 
 
 def _forward_bytes(setup: Setup, tokens: int) -> int:
-    """Activations of a layer in a forward pass without gradients."""
+    """Bytes of one layer's activations in a forward pass without gradients."""
     a = setup.architecture
-    # A weight that is dequantized for its use is copied beside the adapter's factor.
+    # A dequantized weight, and its copy with the adapter's columns appended.
     copies = 2 * a.largest_matrix
     return setup.value_bytes * ((4 * a.intermediate + 4 * a.hidden + EXPERT_COPIES * a.copies) * tokens + copies)
 
 
 def usable_bytes(memory_bytes: int) -> int:
-    """Bytes of a GPU that a prediction may use: its memory without the context and the prediction's margin."""
+    """The largest forecast that fits on a GPU with this memory, after CUDA's context and the forecast's margin."""
     return max(0, round((memory_bytes - CONTEXT_BYTES) / (1 + MARGIN)))
 
 
@@ -351,9 +368,9 @@ def largest_budget(needs: Callable[[int], int], limit: int, most: int) -> int:
     """The largest number of tokens, up to `most`, that fits within the limit; 0 if not even one token does.
 
     Args:
-        needs: Bytes for a number of tokens; must not decrease with it.
+        needs: Returns the bytes for a number of tokens, and must not decrease with it.
         limit: Available bytes.
-        most: Upper bound: no step has more tokens.
+        most: The largest result, since no step has more tokens.
     """
     low, high = 0, most
     while low < high:

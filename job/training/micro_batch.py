@@ -38,14 +38,14 @@ from job.training.padded_shapes import Shapes, longest_segment
 PackedGradient = Callable[[dict[str, Any], float], torch.Tensor]
 """Adds a micro-batch's gradient to the parameters', and returns its part of the loss, () float32, without history.
 
-It gets what `packed_inputs` makes, or `alone_inputs` where the model is not used packed, and the target tokens of the
-whole step, by which the summed loss is divided; see `batch_plan.weighted_targets` where rows have weights.
+Its arguments are the result of `packed_inputs`, or of `alone_inputs` if the model's sequences are not packed, and the
+divisor of the summed loss: the target tokens of the whole step (`batch_plan.weighted_targets` if rows have weights).
 """
 
 
 @dataclass(frozen=True)
 class _LaidOut:
-    """A padded sequence that was laid out before its micro-batch is computed, and what it was made of."""
+    """A padded sequence that was laid out in advance, and the examples and shapes it was made of."""
 
     examples: Sequence[Example]
     shapes: Shapes
@@ -58,14 +58,14 @@ class MicroBatchGradient:
     Args:
         model: A PEFT model over a base loaded with packed attention.
         steps: The batch plan; only its examples and the number of processes are used.
-        parameters: The adapter.
+        parameters: The adapter, to whose gradient this adds.
         recipe: Only the initial token budget and label smoothing are used.
         plan: The initial execution plan.
-        hooks: Only `stop`, `fits` and `on_progress` are used.
+        hooks: Only `stop`, `has_time` and `on_progress` are used.
         processes: The processes that compute divided rows together.
         packed_gradient: Used if the plan is not `padded`.
         shapes: Returns the shapes to which packed sequences are padded at present.
-        scaler: torch's `GradScaler` in fp16; `packed_gradient` scales by it itself.
+        scaler: torch's `GradScaler` in fp16; `packed_gradient` multiplies the loss by it itself.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class MicroBatchGradient:
         scaler: Any = None,
     ) -> None:
         self.plan = plan
-        """The present plan: memory that runs out makes it smaller."""
+        """The current plan: the initial one, less the optimizations dropped when memory ran out."""
         self._model, self._hooks, self._processes = model, hooks, processes
         self._device = parameters.gradient.device
         self._packed_gradient, self._shapes, self._scaler = packed_gradient, shapes, scaler
@@ -108,10 +108,10 @@ class MicroBatchGradient:
         self._long_rows = LongRows(model, loss, self._check, hooks.on_progress)
 
     def begin_step(self) -> None:
-        """Gets the factor by which fp16's loss scaling multiplies losses; called before a step's first micro-batch.
+        """Reads the loss scale of fp16's scaler; called before a step's first micro-batch.
 
-        It stays on the GPU: the host would have to wait for it. The scaler has to scale something in each step, or the
-        optimizer step refuses to take the factor out of the gradient again.
+        It stays on the GPU, since the host would have to wait for it. It is read by scaling a 1, because the scaler
+        unscales gradients only if it has scaled something in the same step.
         """
         enabled = self._scaler is not None and self._scaler.is_enabled()
         self._loss_scale = self._scaler.scale(torch.ones((), device=self._device)) if enabled else None
@@ -141,7 +141,7 @@ class MicroBatchGradient:
         return loss if self._loss_scale is None else loss / self._loss_scale
 
     def _fused(self, examples: Sequence[Example], weight: torch.Tensor) -> torch.Tensor:
-        """The weighted loss for a padded plan, () float32; `weight`, () float32, multiplies the summed loss."""
+        """Adds the gradient for a padded plan; returns `weight`, () float32, times the summed loss, () float32."""
         if self._note_long(examples):
             return self._long_rows.gradient(examples, weight, self.plan, self._sp_group)
         loss = self._padded(self._sequence(examples), weight, recorded=self.plan.recorded)
@@ -159,7 +159,7 @@ class MicroBatchGradient:
 
     @property
     def pads(self) -> bool:
-        """Whether packed sequences are padded, but for those with a long row."""
+        """Whether packed sequences without a long row are padded."""
         return self.plan.padded and is_packed(self._model)
 
     def lay_out(self, examples: Sequence[Example]) -> None:
@@ -169,7 +169,7 @@ class MicroBatchGradient:
             self._laid_out = _LaidOut(examples, shapes, padded_sequence(examples, self._device, shapes))
 
     def _sequence(self, examples: Sequence[Example]) -> PaddedSequence:
-        """The padded sequence of a micro-batch: the one that was laid out, if it is of this one."""
+        """The padded sequence of a micro-batch: the one laid out in advance, if it has these examples and shapes."""
         ready, self._laid_out = self._laid_out, None
         shapes = self._shapes()
         if ready is not None and ready.shapes is shapes and ready.examples == examples:
@@ -177,27 +177,27 @@ class MicroBatchGradient:
         return padded_sequence(examples, self._device, shapes)
 
     def _is_long(self, examples: Sequence[Example]) -> bool:
-        """Whether a micro-batch goes layer by layer."""
+        """Whether a micro-batch is computed layer by layer."""
         return self.plan.tile_tokens is not None and has_long_row(examples)
 
     def _note_long(self, examples: Sequence[Example]) -> bool:
-        """`_is_long` of the micro-batch that is computed now; noted for `longest_undivided`."""
+        """As `_is_long`, for the micro-batch that is computed now; remembered for `longest_undivided`."""
         self._was_long = self._is_long(examples)
         return self._was_long
 
     def _check(self) -> None:
-        """Called before each layer of a long row, which may take minutes: tells the watchdog, and looks for a stop.
+        """Called before each layer of a long row, which may take minutes: reports progress, and checks the stop flag.
 
         Raises:
             StepAbandoned: The job has to stop, and the time left is too short for a whole step.
         """
         self._hooks.on_progress()
-        if self._hooks.stop() and not self._hooks.fits(1.0):
+        if self._hooks.stop() and not self._hooks.has_time(1.0):
             raise StepAbandoned
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Within it, all processes compute the same long rows, each process a part of the tokens of every row.
+        """Context manager in which all processes compute the same long rows, each a part of the tokens of every row.
 
         To be used within `taking_part`.
 
@@ -240,5 +240,5 @@ class MicroBatchGradient:
 
 
 def padded_at_most(plan: ExecutionPlan) -> int | None:
-    """Tokens of the longest example that goes into a padded sequence; None where any may."""
+    """The most tokens of an example in a padded sequence (a longer one is a long row); None if there is no limit."""
     return None if plan.tile_tokens is None else LONG_ROW

@@ -51,7 +51,8 @@ def model_problems(
     except SettingsError:  # `inspect` raises it
         named = []
     published = getattr(config, "quantization_config", None) or {}
-    yield from _first_values(empty, named, rank, options, published=bool(published))
+    of_initialization = list(_first_values(empty, named, rank, options, published=bool(published)))
+    yield from of_initialization or _useless_ranks(empty, named, rank, options)
     if placement in {"sharded", "host"} and in_eight_bits(published):
         yield Problem(
             _PLACEMENT, f"is {placement}, which is for 4-bit weights, and the base is published in 8 bits; take gpu"
@@ -60,6 +61,19 @@ def model_problems(
         yield from fp8_problems_of(config, named)
     if optimizer == "muon":
         yield from _no_matrices(empty, options.modules_to_save)
+
+
+def _useless_ranks(empty: Any, named: Sequence[str], rank: int, options: AdapterOptions) -> Iterator[Problem]:
+    """Problems of ranks that no update of an adapted layer can have: mistyped, they only fill the machine's memory."""
+    shapes = [empty.get_submodule(name).weight.shape for name in adapted_layers(empty, named, options)]
+    most = max(map(min, shapes), default=None)
+    ranks = {"JOB_LORA__RANK": rank, "JOB_LORA__RANK_PATTERN": max(options.rank_pattern.values(), default=0)}
+    if options.adalora is not None and options.adalora.init_r > 2 * rank:  # by default less
+        ranks["JOB_LORA__INIT_RANK"] = options.adalora.init_r
+    for setting, value in ranks.items():
+        if most is not None and value > most:
+            what = f"is {value:,}, and {most:,} is the highest rank that the update of any adapted layer can have"
+            yield Problem(setting, f"{what}; lower it")
 
 
 def _no_matrices(empty: Any, modules_to_save: Sequence[str]) -> Iterator[Problem]:

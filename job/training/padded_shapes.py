@@ -28,12 +28,12 @@ fewer of the GPU's multiprocessors the attention kernel's backward pass uses; se
 
 def padded_length(tokens: int) -> int:
     """The length to which this number of tokens is padded without `Shapes`: a few per cent more."""
-    step = length_increment(tokens)
-    return -(-tokens // step) * step
+    increment = length_increment(tokens)
+    return -(-tokens // increment) * increment
 
 
 def length_increment(tokens: int) -> int:
-    """The step between the lengths of padded sequences of about this many tokens."""
+    """The difference between two neighbouring lengths of padded sequences of about this many tokens."""
     return max(SMALLEST_INCREMENT, 1 << max(0, (tokens - 1).bit_length() - 5))
 
 
@@ -61,11 +61,11 @@ class Shapes:
 
 
 ANY = Shapes()
-"""No shapes are chosen: each sequence is padded by `padded_length` and `padded_segments`."""
+"""No shapes were chosen for the run: each sequence is padded by `padded_length` and `padded_segments`."""
 
 
 def choose_shapes(sequences: Sequence[tuple[int, int]], recording_tokens: int) -> Shapes:
-    """The shapes with the least total time: of recording each, and of computing the padding of every sequence.
+    """The shapes for which recording all CUDA graphs and computing all padding takes the least time together.
 
     A short run gets few shapes, since a recording takes longer than the padding that it saves; a long run gets most
     multiples of `GRID`. The shape of a sequence affects the last bits of its gradient. Therefore the choice depends
@@ -78,8 +78,9 @@ def choose_shapes(sequences: Sequence[tuple[int, int]], recording_tokens: int) -
     counts: dict[int, int] = {}
     segments: dict[int, int] = {}
     for tokens, examples in sequences:
-        step = max(GRID, 1 << max(0, (tokens - 1).bit_length() - 7))  # at most 1/64 more tokens, and few lengths to try
-        length = -(-tokens // step) * step
+        # At most 1/64 more tokens, so that few lengths have to be tried.
+        increment = max(GRID, 1 << max(0, (tokens - 1).bit_length() - 7))
+        length = -(-tokens // increment) * increment
         counts[length] = counts.get(length, 0) + 1
         segments[length] = max(segments.get(length, 0), padded_segments(examples))
     lengths = sorted(counts)
@@ -182,10 +183,10 @@ class RunShapes:
         """The shapes for this batch plan and token budget."""
         if (budget, steps.divided_above) not in self._known:
             cost = self._recording_tokens * steps.world_size  # while one records a graph, all wait
-            self.keep(steps, budget, choose_shapes(self.sequences(steps, budget), cost))
+            self.set(steps, budget, choose_shapes(self.sequences(steps, budget), cost))
         return self._known[budget, steps.divided_above]
 
-    def keep(self, steps: Steps, budget: int, shapes: Shapes) -> None:
+    def set(self, steps: Steps, budget: int, shapes: Shapes) -> None:
         """Sets the shapes, to those of a checkpoint."""
         self._known[budget, steps.divided_above] = shapes
 

@@ -31,8 +31,8 @@ from job.training.fp8_check import require_fp8_layers, require_fp8_model
 from job.training.gpu_capability import compute_capability, dtype_name, fast_kernels, why_not_fused
 from job.training.gpu_memory import gpu_memory
 from job.training.long_row_plan import Rows, plan_rows, sharing_of
+from job.training.memory_check import Sharing, refuse_rows
 from job.training.memory_model import LONG_ROW, TILE_TOKENS, Setup
-from job.training.refusal import Sharing, refuse_rows
 from job.training.setup_of_model import setup_of
 
 
@@ -86,14 +86,14 @@ def prepare(
         gigabytes: `JOB_TRAIN__GPU_MEMORY_GB`: usable GPU memory in units of 1e9 bytes; None for all.
         processes: Number of training processes on this machine.
         random: Whether the embeddings get noise (NEFTune), which a CUDA graph would repeat unchanged.
-        slow: Why this adapter requires PEFT's own layers; None if it does not.
+        slow: Why this adapter requires PEFT's own layers, which are slower; None if it does not.
         offload: `JOB_TRAIN__OFFLOAD_ACTIVATIONS`.
         method: A key of `METHODS`; only `sft` computes long rows layer by layer.
         longest_at: File and line of the longest row, for messages; empty if they are not known.
         validation: Tokens of each validation row.
         compute: `JOB_TRAIN__COMPUTE`.
         sequence_parallel: `JOB_TRAIN__SEQUENCE_PARALLEL`.
-        trains: Whether there are steps to do; if not, rows that could not be trained on here are no reason to refuse.
+        trains: Whether steps are left to do; if not, rows that are too long to train on here are not refused.
         group: All processes of the run; they agree on which rows they compute together, and with which kernel.
 
     Returns:

@@ -44,7 +44,7 @@ def resume_shapes(
             # Shapes that no row of this run needs; padding to them might take all memory.
             changed["padded_shapes"] = f"{before.padded} before, which no row needs, this version's now"
         else:
-            shapes.keep(steps, budget, shapes_of_before(before.padded, sequences))
+            shapes.set(steps, budget, shapes_of_before(before.padded, sequences))
     if changed:
         message = "checkpoint was computed with another execution plan: the last bits of the result change"
         get_logger().warning(message, **changed, change="resume on the same kind and number of GPUs to keep them")

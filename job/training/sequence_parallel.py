@@ -88,7 +88,7 @@ def row_memory(
     """Memory of each GPU for a row that is computed layer by layer, in the way that takes the least GPU memory.
 
     Args:
-        setup: What is trained.
+        setup: The model, its adapter, and how they are trained.
         tokens: Tokens of the row.
         processes: Number of processes that compute the row together.
         offload: `JOB_TRAIN__OFFLOAD_ACTIVATIONS`; None to choose.
@@ -128,7 +128,7 @@ def tokens_alone(
     """Tokens of the longest row that one process can compute alone, at most `most`; longer rows are divided.
 
     Args:
-        setup: What is trained.
+        setup: The model, its adapter, and how they are trained.
         most: Tokens of the run's longest row.
         memory_bytes: Total GPU memory, or the usable part of it.
         host_bytes: Main memory that activations of each process may fill, of the machine's total.
@@ -152,7 +152,7 @@ def enough_gpus(setup: Setup, fits: Callable[[int], bool]) -> int | None:
     """The least number of GPUs that could compute a row together; None if no number from 2 to `MOST_GPUS` could.
 
     Args:
-        setup: What is trained; only the numbers of attention heads are used.
+        setup: The model and its training; only the numbers of attention heads are used.
         fits: Whether the row fits into each GPU's memory if it is divided over this number of GPUs.
     """
     counts = (n for n in range(2, MOST_GPUS + 1) if why_not_divided(setup.architecture, n) is None)

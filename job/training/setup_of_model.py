@@ -42,7 +42,7 @@ def setup_of(model: Any, quantization: str, optimizer: str) -> Setup | None:
 
 
 def _is_uneven(adapter: Any) -> bool:
-    """Whether an adapter's parameters do not follow from rank and targets alone."""
+    """Whether the number of an adapter's parameters does not follow from rank and targets alone."""
     options = (
         *("use_dora", "layers_to_transform", "rank_pattern", "init_r"),
         *("modules_to_save", "trainable_token_indices", "target_parameters"),

@@ -36,7 +36,7 @@ def slower_ways(
     noise: bool,
     only_long: bool = False,
 ) -> Iterator[Slower]:
-    """What makes this plan slower than the fastest plan; `training.prepare` itself warns of PEFT's layers on a GPU.
+    """What makes this plan slower than the fastest plan. PEFT's layers on a GPU are left to `training.prepare`.
 
     Args:
         plan: The execution plan.

@@ -46,7 +46,7 @@ from job.training.resumed_shapes import resume_shapes
 
 @dataclass(frozen=True)
 class _StepTotals:
-    """What the loss of every example needs to know of a whole step of preferences.
+    """Figures of a whole step of preferences, on which the loss of each of its examples depends.
 
     Attributes:
         totals: Counts over the step's examples.
@@ -62,17 +62,18 @@ class StepGradient:
 
     Args:
         model: A PEFT model over a base loaded with packed attention.
-        steps: The batch plan, and which share of it is this process's.
+        steps: The batch plan; it also says which examples this process computes.
         parameters: The adapter. The gradient is left in `parameters.gradient`.
         recipe: Only the seed, the initial token budget and label smoothing are used.
         plan: The initial execution plan.
-        hooks: Only `stop`, `fits` and `on_progress` are used.
-        processes: The processes that share the step.
+        hooks: Only `stop`, `has_time` and `on_progress` are used.
+        processes: The processes that compute the step together.
         packed_gradient: Used if the plan is not `padded`.
         preference: Used in place of `packed_gradient` for preferences (DPO, KTO, ORPO), whose loss is a mean over
             examples and not over tokens.
-        scaler: torch's `GradScaler` in fp16; both functions above scale by it themselves.
-        meanwhile: Called once a step, while the GPU computes its gradient; before that where launching it takes long.
+        scaler: torch's `GradScaler` in fp16; `packed_gradient` and `preference` multiply the loss by it themselves.
+        meanwhile: Called in each step while the GPU computes the gradient; if the step is not launched at once, also
+            before its gradient is launched.
     """
 
     def __init__(
@@ -110,16 +111,16 @@ class StepGradient:
             scaler=scaler,
         )
         self.gradient_sum = LaunchedSum(processes, self._device)
-        """Has to be finished before the step counts as done."""
+        """The sum over the processes; `finish` has to be called before the step counts as done."""
         self._ahead = False
-        """Whether the host has launched this step, of which the GPU has computed nothing when `meanwhile` returns."""
+        """Whether the host launches this step before `meanwhile` has waited for the end of the step before."""
         self.metrics: dict[str, float] = {}
-        """Metrics of the last step of preferences, by TRL's names."""
+        """Metrics of the last step of preferences: TRL's name -> value."""
         self.divide_above(plan.divided_above)
 
     @property
     def plan(self) -> ExecutionPlan:
-        """The present execution plan: memory that runs out makes it smaller."""
+        """The current execution plan: the initial one, less the optimizations dropped when memory ran out."""
         return self.micro_batch.plan
 
     def __call__(self, number: int) -> torch.Tensor:
@@ -142,7 +143,7 @@ class StepGradient:
         totals = totals_of(self._steps.of(number))
         kl = torch.zeros((), device=self._device)
         if self._preference.estimates_kl:
-            # Its own sum over the processes: the loss of every example depends on the divergence over the whole step.
+            # A separate sum over the processes, because each example's loss depends on the divergence over the step.
             kl = self._summed(lambda: self._own_kl(number, totals))[0].clamp(min=0)
             self.gradient_sum.finish()
         sums = self._from_sum(self._summed(lambda: self._own_gradient(number, _StepTotals(totals, kl))))
@@ -157,18 +158,18 @@ class StepGradient:
             return False
         return self.plan.tile_tokens is None or not has_long_row(self._steps.of(number))
 
-    # What this process computes of a step.
+    # The part of a step that this process computes.
 
     def _own_gradient(self, number: int, known: _StepTotals | None = None) -> torch.Tensor:
         """Computes this process's part of a step; its gradient is also left in the flat parameters.
 
         Args:
-            number: The step's, from 0.
-            known: For a step of preferences.
+            number: Number of the step, from 0.
+            known: The step's totals; None for SFT, whose loss does not need them.
 
         Returns:
-            (n,) float32, to be summed over the processes: with several processes the flat gradient; the loss; for a
-            step of preferences its metrics.
+            (n,) float32, to be summed over the processes: the flat gradient (with several processes only), then the
+            loss, then the metrics of a step of preferences.
         """
         seed = step_seed(self._seed, number, self._processes.place.rank)
         torch.manual_seed(seed)
@@ -185,7 +186,7 @@ class StepGradient:
         for group in self._groups(number):
             # Each loss is added before the next micro-batch: a CUDA graph's next launch overwrites what it returned.
             if known is None or self._preference is None:
-                # Rows of another weight go through the model by themselves: the weight is part of the divisor.
+                # Only rows of equal weight are computed together, because the weight is part of the divisor.
                 for part, weight in by_weight(group):
                     reseed(self._model, seed, next(sequences))
                     sums += self.micro_batch(part, items if weight == 1 else items / weight)
@@ -216,25 +217,26 @@ class StepGradient:
         """
         groups = self._steps.micro_batches(number, self.budget)
         for done, group in enumerate(groups):
-            if self._hooks.stop() and not self._hooks.fits(1 - done / len(groups)):
+            if self._hooks.stop() and not self._hooks.has_time(1 - done / len(groups)):
                 raise StepAbandoned
             yield group
 
     def _lay_out(self, number: int) -> None:
-        """Lays out the first sequence of a step while the GPU still computes the one before, which it is behind."""
+        """Lays out the first sequence of a step while the GPU still computes the step before."""
         if number < self._steps.total and self.micro_batch.pads:
             groups = self._steps.micro_batches(number, self.budget)
             if parts := by_weight(groups[0]) if groups else []:
                 self.micro_batch.lay_out(parts[0][0])
 
-    # The sum over the processes, repeated with less memory where it ran out.
+    # The sum over the processes; if memory runs out in any of them, all compute the step again with less.
 
     def _summed(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Starts to sum over all processes what `compute` returns, (n,) float32; with less memory again if it ran out.
+        """Starts the sum over all processes of the results of `compute`, (n,) float32, and returns it.
 
-        What is launched on the GPU afterwards waits for the sum; the host waits in `gradient_sum.finish`.
+        If memory runs out in any process, all processes call `compute` again with less memory. Work that is launched on
+        the GPU afterwards waits for the sum; the host waits in `gradient_sum.finish`.
 
-        With several processes `compute` puts the flat gradient in front, so that one all-reduce sums both.
+        With several processes the result begins with the flat gradient, so that one all-reduce sums everything.
 
         Raises:
             StepAbandoned: Another process has ended, or there is no time for the step.
@@ -256,17 +258,17 @@ class StepGradient:
             free_caches()
 
     def _from_sum(self, sums: torch.Tensor) -> torch.Tensor:
-        """A copy of what `sums` has beside the gradient, which was summed where it is: the loss, then metrics."""
+        """A copy of what follows the gradient in `sums`: the loss, then metrics. The gradient was summed in place."""
         return sums if self._processes.place.world_size == 1 else sums[self._parameters.gradient.shape[0] :].clone()
 
     def _call_meanwhile(self) -> None:
-        """Calls `meanwhile`, after which the GPU has ended the step before, and has this one still to compute.
+        """Calls `meanwhile`, which waits for the end of the step before; the GPU then begins to compute this step.
 
         Raises:
-            StepAbandoned: There is no time for it. It was launched when the end of the step before was still to come.
+            StepAbandoned: There is no time for this step, which was launched before the host knew that.
         """
         self._meanwhile()
-        if self._ahead and self._hooks.stop() and not self._hooks.fits(1.0):
+        if self._ahead and self._hooks.stop() and not self._hooks.has_time(1.0):
             use_new_stream(self._device)
             raise StepAbandoned
 
@@ -274,7 +276,7 @@ class StepGradient:
         """Called when memory ran out in this process.
 
         Raises:
-            TrainingFailed: No optimization is left to drop, no row to divide, and a micro-batch is as small as one row.
+            TrainingFailed: No optimization is left to drop, no row to divide, and the micro-batch had a single row.
         """
         longest = self.micro_batch.longest_undivided(lengths_of(self._steps.examples))
         if self.budget <= longest // 2 and not self.plan.droppable and not self._may_divide:
@@ -293,7 +295,7 @@ class StepGradient:
         message = "out of memory: micro-batches have half as many tokens from now on, which is slower"
         get_logger().warning(message, micro_batch_tokens=self.budget, change="JOB_TRAIN__MICRO_BATCH_TOKENS")
 
-    # Rows that all processes compute together.
+    # Long rows that all processes compute together (sequence parallelism).
 
     @property
     def divided_above(self) -> int | None:
@@ -312,19 +314,19 @@ class StepGradient:
 
     @property
     def _may_divide(self) -> bool:
-        """Whether a long row is still computed by one process, which all processes could divide."""
+        """Whether there is a long row that one process computes alone, and that all processes could divide."""
         if self.divided_above is None or self.divided_above <= LONG_ROW:
             return False
         return any(LONG_ROW < length <= self.divided_above for length in lengths_of(self._steps.examples))
 
-    # What a checkpoint has of how its gradients were computed.
+    # What a checkpoint records about how its gradients were computed.
 
     def shapes(self) -> Shapes:
         """The shapes to which packed sequences are padded with the present token budget, the same in all processes."""
         return self._shapes.of(self._steps, self.budget)
 
     def computation_options(self) -> ComputationOptions:
-        """What a checkpoint records of how its gradients were computed."""
+        """What a checkpoint records about how its gradients were computed."""
         padded = list(self.shapes().shapes) if self.plan.padded else None
         return ComputationOptions(
             self.plan.forward, self.plan.tile_tokens, self._steps.world_size, padded, self.divided_above

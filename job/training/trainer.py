@@ -85,9 +85,9 @@ def train(
         tokenizer: The base's.
         examples: The data set; the batch plan's rows are indices into it.
         recipe: Everything that determines the result.
-        plan: How the work is carried out.
-        hooks: Callbacks.
-        folder: Where checkpoints are written, one folder each.
+        plan: How the recipe is carried out, which affects time and memory.
+        hooks: Called for metrics, checkpoints and progress, and asked whether to stop.
+        folder: Checkpoints are written into it, each into a folder `step-NUMBER`.
         resume: A checkpoint folder that the same recipe wrote; training continues after its step.
         processes: The processes that share the work; only process 0 writes checkpoints and calls `on_save`.
         validation: The rows for validation; at least one where the recipe validates.
@@ -142,10 +142,10 @@ def train(
 
 @contextmanager
 def _environment_untouched() -> Iterator[None]:
-    """Context manager in which accelerate does not empty `os.environ` to read the defaults of a class, as it else does.
+    """Context manager in which accelerate does not clear `os.environ` while it reads the defaults of a class.
 
-    The job's other threads read variables meanwhile, from C as well, to upload files and renew the lease: they would
-    miss them, or crash, since C's getenv must not run beside setenv. The only defaults that Trainer
+    The job's other threads read variables at the same time, from C as well, to upload files and renew the lease. They
+    would miss them, or crash, since C's getenv must not run concurrently with setenv. The only defaults that Trainer
     asks for, those of GradientAccumulationPlugin, depend on no variable.
     """
     clear_environment = accelerate_environment.clear_environment
@@ -172,7 +172,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         processes: Processes,
         validation: Sequence[Example],
     ) -> None:
-        exact = {name: parameter.data for name, parameter in trainable(model).items()}
+        fp32_adapter = {name: parameter.data for name, parameter in trainable(model).items()}
         super().__init__(
             model=model,
             args=trl_config(recipe, plan, folder, model),
@@ -183,9 +183,9 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         )
         # TRL rounds the adapter of a quantized model to bf16, in which a resumed run cannot be exact.
         for name, parameter in trainable(model).items():
-            parameter.data = exact[name]
+            parameter.data = fp32_adapter[name]
         self.recipe, self.hooks, self.folder, self.leads = recipe, hooks, folder, processes.leads
-        # The rows, the adapter, and its loss.
+        # Which examples a step has, the flat adapter, and the loss.
         self.steps = steps_of(examples, recipe, processes)
         self.parameters = flat_adapter(model, OPTIMIZERS[recipe.optimizer].block)
         base = model.get_base_model()
@@ -193,7 +193,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         self.adalora = is_adalora(model)
         self.history: list[StepMetrics] = []
         self.saved_step = 0
-        # The gradient of a step, and what is launched behind it.
+        # The gradient of a step, and what the host launches after it (`launch_ahead`).
         preference, scaler = self.preference_gradient(), self.accelerator.scaler
         self.deferred = DeferredMetrics(self.log)
         self.step = StepGradient(
@@ -215,7 +215,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             on_gpu=self.parameters.gradient.is_cuda,
             reads_gpu=self.adalora or (scaler is not None and scaler.is_enabled()),
         )
-        # The validations, which are computed like steps.
+        # Validations, whose micro-batches are computed like those of steps.
         self.validations = ValidationHistory(model, recipe)
         self.validation = Validation(
             model,
@@ -229,12 +229,12 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         )
 
     def callbacks_for(self, hooks: Hooks, processes: Processes) -> list[TrainerCallback]:
-        """What Trainer calls at the optimizer's step and at the end of a step."""
+        """The callbacks around the optimizer's step and at the end of a step."""
         # If the flag is set after the processes agreed for this step, all of them see it in the next step.
         alone = processes.place.world_size == 1
         return [
             AroundOptimizerStep(self.before_optimizer_step, self.after_optimizer_step),
-            StopOnFlag(hooks.stop if alone else lambda: processes.stopping, hooks.fits),
+            StopOnFlag(hooks.stop if alone else lambda: processes.stopping, hooks.has_time),
             ValidateOnSchedule(self.validation_is_due, self.evaluate),
         ]
 
@@ -244,17 +244,17 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             return None
         return PreferenceGradient(self.recipe.preference, self.log_probs, self.accelerator.backward)
 
-    # Which examples: those of the batch plan, from the next step on.
+    # The data loader: step numbers of the batch plan, from the next step on.
 
     def get_train_dataloader(self) -> Any:
         return _RemainingSteps(self.steps.total, self.steps_done)
 
     def steps_done(self) -> int:
-        """Number of the steps that are done; of all, where training has stopped early."""
+        """Number of steps that are done; the number of all steps if training has stopped early."""
         return self.steps.total if self.validations.stopped_early else self.state.global_step
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Nothing to restore: every step seeds itself."""
+        """Does nothing: every step seeds torch's generator itself."""
 
     def floating_point_ops(self, inputs: Any) -> int:  # noqa: ARG002 - Trainer's signature
         return 0
@@ -266,7 +266,8 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         loss = self.step(*inputs)
         self.parameters.before_step()
         if self.adalora:
-            self.step.gradient_sum.finish()  # reading the scale waits for the GPU
+            # Before reading the scale, which waits for the GPU: the end of another process would not be noticed then.
+            self.step.gradient_sum.finish()
             scaler = self.accelerator.scaler
             add_penalty_gradient(self.model, 1.0 if scaler is None else scaler.get_scale())
         return loss
@@ -292,11 +293,11 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         return loss
 
     def before_optimizer_step(self) -> None:
-        """Trainer has clipped the gradient, and steps next; see `OptimizerBehindSum`."""
+        """Called when Trainer has clipped the gradient, before `optimizer.step()`; see `OptimizerBehindSum`."""
         self.behind_sum.before_step(self.optimizer)
 
     def after_optimizer_step(self, done: int) -> None:
-        """After the optimizer's step, what some adapters need: a frozen part is put back, AdaLoRA takes ranks away.
+        """Called after `optimizer.step()`: restores what must not be trained, and lets AdaLoRA reduce ranks.
 
         Raises:
             StepAbandoned: Another process has ended, and the optimizer's step, which was launched, is never computed.
@@ -313,11 +314,11 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def create_optimizer(self, model: Any = None) -> Any:  # noqa: ARG002 - Trainer's signature
         if self.recipe.optimizer == "muon":
-            how = {"lr": self.args.learning_rate, "weight_decay": self.args.weight_decay}
-            self.optimizer = FlatMuon(self.parameters.whole, self.parameters.views, **how)
+            options = {"lr": self.args.learning_rate, "weight_decay": self.args.weight_decay}
+            self.optimizer = FlatMuon(self.parameters.whole, self.parameters.views, **options)
             return self.optimizer
-        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        self.optimizer = kind([self.parameters.whole], weight_decay=self.args.weight_decay, **options)
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer = optimizer_class([self.parameters.whole], weight_decay=self.args.weight_decay, **options)
         return self.optimizer
 
     def _clip_grad_norm(self, model: Any) -> Any:  # noqa: ARG002 - Trainer's signature
@@ -375,7 +376,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             self.state.global_step >= self.recipe.total_steps and not self.validation_is_due()
         )
 
-    # Metrics, and saving and restoring checkpoints.
+    # Metrics; saving and restoring checkpoints.
 
     def _maybe_log_save_evaluate(  # noqa: PLR0917 - Trainer's signature
         self,
@@ -388,10 +389,10 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
         start_time: float,
         learning_rate: float | None = None,
     ) -> None:
-        """Trainer's; but metrics are reported when the next step is launched, where it is launched at once."""
+        """As Trainer's, but metrics are reported after the next step is launched, if that is quick (`launch_ahead`)."""
         control, step = self.control, self.state.global_step
-        now = control.should_evaluate or control.should_save or control.should_training_stop or step >= self.steps.total
-        if control.should_log and not now and self.step.launched_at_once(step):
+        pauses = control.should_evaluate or control.should_save or control.should_training_stop
+        if control.should_log and not pauses and step < self.steps.total and self.step.launched_at_once(step):
             rate = self._get_learning_rate() if learning_rate is None else learning_rate
             self.deferred.defer(tr_loss, grad_norm, rate)
             tr_loss.zero_()  # in place, as Trainer does; it adds the next step's loss to this tensor
@@ -457,12 +458,12 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
             self.hooks.on_save(path, self.state.global_step)
 
     def save_if_it_fits(self) -> None:
-        """Saves the last finished step, whose state is unchanged since, unless it is saved or there is no time."""
-        if self.state.global_step > self.saved_step and self.hooks.fits(0.0):
+        """Saves the state after the last finished step, unless it is saved already or there is no time."""
+        if self.state.global_step > self.saved_step and self.hooks.has_time(0.0):
             self._save_checkpoint(self.model, None)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """The adapter is restored with the rest, once the optimizer exists."""
+        """Does nothing: the adapter is restored together with the optimizer, once that exists."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -476,7 +477,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
                 self.validation.budget = int(before or self.validation.budget)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        """Restored with the optimizer."""
+        """Does nothing: the scaler is restored together with the optimizer."""
 
     def trainer_files(self) -> TrainerFiles:
         """The live objects that a checkpoint is written from and restored into."""
@@ -485,7 +486,7 @@ class _PlannedTrainer(SFTTrainer):  # type: ignore[misc]
 
 
 def steps_of(examples: Sequence[Example], recipe: Recipe, processes: Processes) -> Steps:
-    """The batch plan, and which share of it is this process's."""
+    """The batch plan over the examples, as this process uses it."""
     seed = recipe.seed if recipe.data_seed is None else recipe.data_seed
     place = processes.place
     return Steps(examples, seed, recipe.global_batch_size, recipe.total_steps, place.rank, place.world_size)

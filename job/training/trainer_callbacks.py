@@ -1,4 +1,4 @@
-"""What transformers' Trainer calls around the optimizer's step and after a step: the stop flag, due validations."""
+"""Callbacks of transformers' Trainer: around the optimizer's step, for the stop flag, and for validations."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from transformers import TrainerCallback
 
 
 class AroundOptimizerStep(TrainerCallback):  # type: ignore[misc]
-    """Calls `before` each optimizer step, and `after` it, while the gradient is still there.
+    """Calls `before` and `after` around each `optimizer.step()`, while the gradient still exists.
 
     Args:
-        before: Called after clipping.
-        after: Called with the number of steps done.
+        before: Called when the gradient is clipped, before `optimizer.step()`.
+        after: Called after `optimizer.step()`, with the number of steps done, this one included.
     """
 
     def __init__(self, before: Callable[[], None], after: Callable[[int], None]) -> None:
         self.before, self.after = before, after
 
     def on_pre_optimizer_step(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
-        """Trainer has clipped the gradient."""
+        """Called by Trainer when the gradient is clipped."""
         self.before()
 
     def on_optimizer_step(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        """The step is not counted yet."""
-        self.after(state.global_step + 1)
+        """Called by Trainer after `optimizer.step()`."""
+        self.after(state.global_step + 1)  # Trainer increments it later
 
 
 class StopOnFlag(TrainerCallback):  # type: ignore[misc]
@@ -33,35 +33,35 @@ class StopOnFlag(TrainerCallback):  # type: ignore[misc]
 
     Args:
         stop: Whether the job has to stop.
-        fits: `Hooks.fits`.
+        has_time: `Hooks.has_time`.
     """
 
-    def __init__(self, stop: Callable[[], bool], fits: Callable[[float], bool]) -> None:
-        self.stop, self.fits = stop, fits
+    def __init__(self, stop: Callable[[], bool], has_time: Callable[[float], bool]) -> None:
+        self.stop, self.has_time = stop, has_time
 
     def on_step_end(self, _args: Any, _state: Any, control: Any, **_: Any) -> None:
-        """Reads the flag."""
+        """Checks the flag; called by Trainer after each step."""
         if self.stop():
             control.should_training_stop = True
-            control.should_save = self.fits(0.0)
+            control.should_save = self.has_time(0.0)
 
 
 class ValidateOnSchedule(TrainerCallback):  # type: ignore[misc]
-    """Validates before the first step of an attempt, where that is due, and has Trainer do so after later steps.
+    """Validates before the first step of an attempt if a validation is due, and makes Trainer validate after steps.
 
     Args:
-        due: Whether the last step has a validation that was not made yet.
-        validate: Makes it.
+        due: Whether a validation of the current state is due and was not made yet.
+        validate: Validates.
     """
 
     def __init__(self, due: Callable[[], bool], validate: Callable[[], object]) -> None:
         self.due, self.validate = due, validate
 
     def on_train_begin(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
-        """Before training; or after the step that a checkpoint is of, where an attempt stopped in its validation."""
+        """Validates at step 0, or at a checkpoint's step if the attempt before stopped during that validation."""
         if self.due():
             self.validate()
 
     def on_step_end(self, _args: Any, _state: Any, control: Any, **_: Any) -> None:
-        """Asks Trainer for a validation between the step's metrics and its checkpoint."""
+        """Makes Trainer validate, which it does between the step's metrics and its checkpoint."""
         control.should_evaluate = control.should_evaluate or self.due()

@@ -22,7 +22,7 @@ import torch
 
 from job.common.out_of_memory import free_caches, too_small
 from job.common.resources import available_bytes
-from job.data.batch_plan import by_weight, micro_batches, shares, weighted_targets, without_divided
+from job.data.batch_plan import assign, by_weight, micro_batches, weighted_targets, without_divided
 from job.data.examples import lengths_of, target_counts_of
 from job.distributed.processes import Processes
 from job.errors import JobError
@@ -75,7 +75,7 @@ class Validation:
         self._blocks = [examples[start : start + block] for start in range(0, len(examples), block)]
 
     def __call__(self) -> float:
-        """The loss, in nats for each target token; for preferences the method's loss.
+        """The loss: the mean over target tokens, in nats; for preferences the method's loss.
 
         Raises:
             StepAbandoned: The job has to stop.
@@ -113,7 +113,7 @@ class Validation:
             sums += self._own_sum(block, compute, numbers)
             self._hooks.on_progress()
         try:
-            self._processes.add_up(sums)
+            self._processes.all_reduce(sums)
         except JobError as error:
             raise StepAbandoned from error
         return sums
@@ -125,7 +125,7 @@ class Validation:
         place = self._processes.place
         lengths = lengths_of(block)
         divided, others = without_divided(lengths, self._step.divided_above)
-        mine = [block[others[i]] for i in shares([lengths[i] for i in others], place.world_size)[place.rank]]
+        mine = [block[others[i]] for i in assign([lengths[i] for i in others], place.world_size)[place.rank]]
         together = [block[i] for i in divided]
 
         def check_less_is_possible(error: RuntimeError) -> None:

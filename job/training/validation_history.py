@@ -29,7 +29,7 @@ class ValidationHistory:
         """The adapter of the best validation, on the CPU by name; None unless the recipe keeps that one."""
 
     def is_due(self, step: int) -> bool:
-        """Whether this step, the last that was done, has a validation that was not made yet."""
+        """Whether a validation after `step`, the last step that was done, is due and was not made yet."""
         every = self._recipe.validate_every_steps
         last_validated = self.metrics[-1].step if self.metrics else -1
         return every is not None and last_validated < step and is_due(step, every, self._recipe.total_steps)
@@ -42,7 +42,7 @@ class ValidationHistory:
 
     @property
     def stopped_early(self) -> bool:
-        """Whether the patience is used up."""
+        """Whether JOB_TRAIN__STOP_AFTER validations in a row have not been better than the best one."""
         return bool(self.metrics) and progress(self.metrics).stopped(self._recipe.stop_after)
 
     def use_kept_adapter(self) -> None:

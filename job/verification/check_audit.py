@@ -28,6 +28,10 @@ def check_audit(results: Mapping[str, Any], copies: Copies) -> Iterator[CheckRes
         yield CheckResult("audit", extent, (Difference(FINDINGS, "one finding on each line", str(error)),))
         return
     on_finding = results["settings"].get("data.on_finding", {}).get("value") or {}
+    if not isinstance(on_finding, Mapping):
+        where = f"{RESULTS} settings data.on_finding"
+        yield CheckResult("audit", extent, (Difference(where, show(on_finding), "no actions by kind"),))
+        return
     actions = {kind: action_of(on_finding, kind) for kind in audit["checks"]}
     by_kind = counts(findings)
     computed = {
@@ -66,7 +70,7 @@ def _safety_differs(results: Mapping[str, Any], findings: Sequence[Finding]) -> 
         expected = {"model": classifier, "threshold": settings.get("data.unsafe_threshold", {}).get("value")}
         labels = settings.get("data.unsafe_labels", {}).get("value")
         if labels is not None:
-            expected["unsafe_labels"] = sorted(set(labels))
+            expected["unsafe_labels"] = sorted(set(map(str, labels))) if isinstance(labels, list) else labels
         claimed = {**safety, "unsafe_labels": sorted(safety["unsafe_labels"])}
         yield from find_differences(where, {name: claimed[name] for name in expected}, expected)
     if (UNSAFE in audit["checks"]) != (safety is not None):

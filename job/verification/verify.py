@@ -12,10 +12,11 @@ To add a check: a function that returns a `CheckResult`, and a line in `verify`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from job.checkpoints.commit_marker import Marker
 from job.common.formatting import count
 from job.common.hashing import unsealed
 from job.common.tables import visible
@@ -80,36 +81,14 @@ def verify(
     listed = {info.key: info.bytes for info in store.list()}
     if results["training"].get("first_stage") and not nested:  # `check_first_stage` checks these files
         listed = {key: size for key, size in listed.items() if not key.startswith(FIRST_STAGE)}
-    last = results["run"]["attempts"][-1]["number"]
-    artifacts, evidence = artifacts_of(results), evidence_of(results)
-    copies, artifact_differences = fetch_files(store, artifacts, listed, work)
-    more_copies, evidence_differences = fetch_files(store, evidence, listed, work)
-    copies |= more_copies
-    markers, marker_differences = check_checkpoints.read_markers(copies)
-    checkpoint_files = [claim for marker in markers for claim in check_checkpoints.claims(marker)]
-    more_copies, checkpoint_differences = fetch_files(store, checkpoint_files, listed, work)
-    copies |= more_copies
-    run = fingerprint_of(copies)
+    files = _fetch_listed(store, results, listed, work)
+    copies, run = files.copies, fingerprint_of(files.copies)
     attempts, sealed = check_attempts(results, copies, store, listed, run)
-    pushes, served = (check(results, store, listed, copies) for check in (check_pushes, check_served))
-    expected_keys = {
-        RESULTS,
-        *sealed,
-        *([SIGNATURE] if results.get("signing") else []),
-        *(key for key in listed if key.startswith((PUSHED, SERVED))),
-        *(claim.path for claim in (*artifacts, *evidence, *checkpoint_files)),
-    }
-    misplaced = [
-        *(_out_of_place(claim) for claim in artifacts if not claim.path.startswith(ARTIFACTS)),
-        *(_out_of_place(claim) for claim in evidence if not is_evidence(claim.path, last)),
-    ]
-    late = check_checkpoints.late_markers(store, listed.keys() - expected_keys, run, last)
-    unknown, leftovers = _unclaimed(listed, expected_keys, {marker.folder for marker in markers}, late)
     return [
         CheckResult("manifest", f"schema {results['schema_version']}, run {show(results['run']['id'])}", _seal(data)),
-        CheckResult("artifacts", _extent(artifacts), tuple(artifact_differences)),
-        CheckResult("evidence", _extent(evidence), tuple(evidence_differences)),
-        CheckResult("other files", f"{count(len(listed), 'file')} in the folder", (*misplaced, *unknown), leftovers),
+        CheckResult("artifacts", _extent(files.artifacts), tuple(files.artifact_differences)),
+        CheckResult("evidence", _extent(files.evidence), tuple(files.evidence_differences)),
+        _check_other_files(results, store, listed, files, sealed=sealed, run=run),
         check_evaluation(results, copies),
         check_gate(results, copies),
         check_training(results, copies),
@@ -125,19 +104,91 @@ def verify(
                 check_bom(results, copies),
                 check_compute(results),
                 check_signature(results, data, store, copies, key),
-                pushes,
-                served,
+                check_pushes(results, store, listed, copies),
+                check_served(results, store, listed, copies),
             ],
         ),
         check_cost(results),
         check_settings(results, copies),
         check_stages(results, copies, run),
         attempts,
-        check_checkpoints.check_checkpoints(
-            results, markers, copies, [*marker_differences, *checkpoint_differences], run
-        ),
+        check_checkpoints.check_checkpoints(results, files.markers, copies, files.checkpoint_differences, run),
         *(() if nested else check_first_stage(results, store, lambda: _verify_first_stage(store, work, storage))),
     ]
+
+
+@dataclass(frozen=True)
+class _ListedFiles:
+    """The files that the manifest and the commit markers list, with local copies by path, and where they differ."""
+
+    artifacts: list[Artifact]
+    evidence: list[Artifact]
+    markers: list[Marker]
+    checkpoints: list[Artifact]
+    copies: dict[str, Path]
+    artifact_differences: list[Difference]
+    evidence_differences: list[Difference]
+    checkpoint_differences: list[Difference]
+
+
+def _fetch_listed(
+    store: ObjectStore, results: Mapping[str, Any], listed: Mapping[str, int], work: Path
+) -> _ListedFiles:
+    """Copies the files to `work`. The markers are among the evidence, so their checkpoints come last."""
+    artifacts, evidence = artifacts_of(results), evidence_of(results)
+    copies, artifact_differences = fetch_files(store, artifacts, listed, work)
+    more_copies, evidence_differences = fetch_files(store, evidence, listed, work)
+    copies |= more_copies
+    markers, marker_differences = check_checkpoints.read_markers(copies)
+    checkpoints = [claim for marker in markers for claim in check_checkpoints.claims(marker)]
+    more_copies, checkpoint_differences = fetch_files(store, checkpoints, listed, work)
+    return _ListedFiles(
+        artifacts=artifacts,
+        evidence=evidence,
+        markers=markers,
+        checkpoints=checkpoints,
+        copies=copies | more_copies,
+        artifact_differences=artifact_differences,
+        evidence_differences=evidence_differences,
+        checkpoint_differences=[*marker_differences, *checkpoint_differences],
+    )
+
+
+def _check_other_files(
+    results: Mapping[str, Any],
+    store: ObjectStore,
+    listed: Mapping[str, int],
+    files: _ListedFiles,
+    *,
+    sealed: set[str],
+    run: str | None,
+) -> CheckResult:
+    """Checks that every file in the folder is listed, and in the right place.
+
+    Args:
+        results: The manifest.
+        store: The run's store.
+        listed: Path -> bytes of every file in the store.
+        files: Those that the manifest and the markers list.
+        sealed: Paths of the attempts' sealed records.
+        run: The run's fingerprint.
+    """
+    last = results["run"]["attempts"][-1]["number"]
+    expected_keys = {
+        RESULTS,
+        *sealed,
+        *([SIGNATURE] if results.get("signing") else []),
+        *(key for key in listed if key.startswith((PUSHED, SERVED))),
+        *(claim.path for claim in (*files.artifacts, *files.evidence, *files.checkpoints)),
+    }
+    misplaced = [
+        *(_out_of_place(claim) for claim in files.artifacts if not claim.path.startswith(ARTIFACTS)),
+        *(_out_of_place(claim) for claim in files.evidence if not is_evidence(claim.path, last)),
+    ]
+    late = check_checkpoints.late_markers(store, listed.keys() - expected_keys, run, last)
+    unknown, leftovers = _unclaimed(listed, expected_keys, {marker.folder for marker in files.markers}, late)
+    extent = f"{count(len(listed), 'file')} in the folder"
+    return CheckResult("other files", extent, (*misplaced, *unknown), leftovers)
 
 
 def _verify_first_stage(store: ObjectStore, work: Path, storage: StorageOptions) -> list[CheckResult]:

@@ -107,7 +107,7 @@ def measure(args: argparse.Namespace, began: float) -> None:
                 steps=args.steps,
             )
         flat = torch.zeros(sum(p.numel() for p in gpu.trainable(model).values()), device=gpu.DEVICE)
-        tell("sum", bytes=flat.nbytes, milliseconds=timed(lambda: processes.add_up(flat), gpu.sync))
+        tell("sum", bytes=flat.nbytes, milliseconds=timed(lambda: processes.all_reduce(flat), gpu.sync))
         tell("agree", milliseconds=timed(lambda: processes.agree(repeat=False), gpu.sync))
         evaluation(bench, model, args, tell, processes)
 

@@ -259,7 +259,7 @@ def measure(args: argparse.Namespace, began: float) -> None:
     with join(place, "bench", stop=StopFlag(), report_progress=lambda: None, **joining) as group:
         both = Both(args, group, began)
         for section in SECTIONS:
-            if group.share("late", lambda: time.monotonic() - began > LATEST):
+            if group.broadcast("late", lambda: time.monotonic() - began > LATEST):
                 both.say("skipped", section=section.__name__)
                 continue
             section(both)

@@ -65,7 +65,7 @@ def train_part(chosen: argparse.Namespace) -> None:
     from job.training.trainer import train
 
     if (chosen.kill or chosen.fail) and chosen.rank == 1:
-        launch, calls = ProcessGroup.start_add_up, []
+        launch, calls = ProcessGroup.start_all_reduce, []
 
         def ends(self: ProcessGroup, tensor: Any) -> Any:
             calls.append(time.monotonic())
@@ -76,7 +76,7 @@ def train_part(chosen: argparse.Namespace) -> None:
                 raise RuntimeError("an error after the sum was launched")
             return wait
 
-        ProcessGroup.start_add_up = ends  # type: ignore[method-assign]
+        ProcessGroup.start_all_reduce = ends  # type: ignore[method-assign]
     place = Place(chosen.rank, 2, chosen.rank, 2, "localhost", chosen.port)
     bench = gpu.Bench(chosen.tiny, chosen.folder, 4, [])
     bench.say = lambda *_, **__: None  # type: ignore[method-assign]

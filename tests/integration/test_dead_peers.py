@@ -57,7 +57,7 @@ def run():
         def check_stop(progress=True):
             stop.check()
             processes.check()
-        processes.share_on_machine("w4a16", lambda: autoround.run_process(task, folder, check_stop))
+        processes.broadcast_on_machine("w4a16", lambda: autoround.run_process(task, folder, check_stop))
         processes.gather("failures", "")
         (folder / "published").touch()
 

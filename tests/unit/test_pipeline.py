@@ -32,7 +32,7 @@ def test_the_others_wait_until_the_run_is_handed_over(tmp_path: Path, monkeypatc
     asked: list[Any] = []
 
     class Waiting(Second):
-        def share(self, what: str, value: Callable[[], Any]) -> Any:
+        def broadcast(self, what: str, value: Callable[[], Any]) -> Any:
             asked.append(what)
             return {}
 

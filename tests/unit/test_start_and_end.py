@@ -21,7 +21,7 @@ from job.runs.attempt import Attempt
 from job.runs.layout import attempt_key
 from job.runs.lease import take
 from job.runs.run_log import IdleLimit
-from job.runs.run_settings import keep_settings
+from job.runs.run_settings import write_settings
 from job.settings.affects_result import decisive_settings
 from job.settings.load import Settings, load_settings, plain_values
 from job.settings.training_stages import folder_of, split_stages
@@ -103,7 +103,7 @@ def test_a_changed_setting_of_the_first_stage_has_the_name_that_was_given(tmp_pa
     """The first stage of `sft,dpo` has its epochs from a setting of its own, its validation from that of the run."""
     both = {"JOB_TRAIN__METHOD": "sft,dpo", "JOB_DATA__SFT_SOURCE": "rows", "JOB_DATA__SOURCE": "pairs"}
     began, _ = split_stages(demo(tmp_path, **both, JOB_TRAIN__SFT_EPOCHS="1"))
-    keep_settings(LocalStore(Path(folder_of(began))), decisive_settings(plain_values(began)))
+    write_settings(LocalStore(Path(folder_of(began))), decisive_settings(plain_values(began)))
     changed, _ = split_stages(demo(tmp_path, **both, JOB_TRAIN__SFT_EPOCHS="2", JOB_DATA__VALIDATION="3"))
     with pytest.raises(SettingsError) as refused, next_attempt(changed, context(), last=False):
         pass

@@ -2,12 +2,12 @@
 
 One kernel computes the gradients of keys and values: a thread block takes a block of keys, and loops over the queries
 that see it. The other computes the gradient of the queries: a thread block takes a block of queries, and loops over the
-keys that it sees. So every number is summed by one thread block in one order, regardless of which block runs first. In
-return, scores and their gradients are computed twice: 7 matrix products instead of 5. On an H200 this is faster than a
-single kernel whose sums over thread blocks are put in order, as in deterministic FlashAttention.
+keys that it sees. So every number is summed by one thread block in one order, regardless of which block runs first. The
+price is that scores and their gradients are computed twice: 7 matrix products instead of 5. On an H200 this is still
+faster than one kernel that sums over thread blocks in a fixed order, as deterministic FlashAttention does.
 
 Blocks of queries, keys, values and gradients are loaded through tensor descriptors (TMA on a Hopper GPU), which return
-zeros behind the end of a segment.
+zeros beyond the end of a segment.
 
 Source: Dao 2023, FlashAttention-2 (arXiv:2307.08691), algorithm 2, with its two loops in separate kernels.
 """
@@ -51,7 +51,7 @@ def _add_queries(
     for first in range(low, high, M):
         query = first + tl.arange(0, M)
         q_block = q.load([first, 0])
-        # Behind the end of the segment an infinite log-sum-exp makes the probabilities 0.
+        # Beyond the end of the segment an infinite log-sum-exp makes the probabilities 0.
         lse = tl.load(sums + query, mask=query < length, other=float("inf")) if MASKED else tl.load(sums + query)
         p = tl.math.exp2(tl.dot(k, tl.trans(q_block)) * factor - (lse * _LOG2E)[None])
         if MASKED:

@@ -49,7 +49,7 @@ class Kernel(Protocol):
         """The gradients of queries, keys and values.
 
         Args:
-            gradient: The output's.
+            gradient: The gradient of the output.
             saved: Queries, keys, values, output, log-sum-exp.
         """
         ...
@@ -63,7 +63,8 @@ take more steps than they prefetch, and the last block is not full."""
 _TOLERANCE = 0.02
 """Largest relative difference from flash's results; both round to bf16's 8 bits."""
 _BLOCK_TOKENS, _BLOCK_TOLERANCE = 64, 0.1
-"""The same for each block of tokens separately: gradients of the last keys are too small to show in the whole."""
+"""The same test for each block of tokens separately, since errors in the last keys' small gradients would not be seen
+in the whole."""
 _LONGEST_REASON = 300
 """Characters of an error's text in the log."""
 
@@ -81,7 +82,7 @@ def choose_kernel(
     """The attention kernel for long rows on this machine, a key of `KERNELS`; tested on a short row at the first call.
 
     Args:
-        architecture: The model's.
+        architecture: The model's sizes of attention.
         dtype: Dtype of queries, keys and values.
         device: Where it has to run.
         windowed: Whether some layers have a sliding window, for which the kernels are compiled separately.
@@ -290,35 +291,35 @@ def processors(device: torch.device) -> int:
 
 
 @cache
-def heads_at_once(heads: int, shared_by: int, segments: int, count: int) -> tuple[int, int]:
+def heads_at_once(heads: int, shared_by: int, segments: int, sms: int) -> tuple[int, int]:
     """(query heads in one call, empty segments to add) with which flash's backward pass uses the most SMs.
 
     Args:
         heads: Query heads.
         shared_by: Query heads that share a key/value head; a call computes all of these together.
         segments: Segments of the sequence, one of which has nearly all the work.
-        count: SMs of the GPU.
+        sms: SMs of the GPU.
     """
 
-    def busy(choice: tuple[int, int]) -> tuple[float, int, int]:
+    def rank_choice(choice: tuple[int, int]) -> tuple[float, int, int]:
         group, empty = choice
-        splits = -(-count // (group * (segments + empty)))
+        splits = -(-sms // (group * (segments + empty)))
         blocks = group * splits
-        rounds = -(-blocks // count)
-        # Among equally busy choices the one with the fewest copies of the gradient, then that with the fewest calls.
-        return blocks / (rounds * count), -blocks, group
+        rounds = -(-blocks // sms)
+        # Of choices that use equally many SMs, the one with the fewest copies of the gradient, then the fewest calls.
+        return blocks / (rounds * sms), -blocks, group
 
     groups = [group for group in range(shared_by, heads + 1, shared_by) if heads % group == 0]
-    return max(((group, empty) for group in groups for empty in range(4)), key=busy)
+    return max(((group, empty) for group in groups for empty in range(4)), key=rank_choice)
 
 
 def copies_of(architecture: Architecture, device: torch.device, kernel: str) -> int:
     """How many fp32 gradients of the queries, of one head over all tokens each, the kernel holds at once for a row."""
     if kernel == TRITON:
         return architecture.triton_copies
-    count, heads = processors(device), architecture.heads
-    group, empty = heads_at_once(heads, heads // architecture.kv_heads, 1, count)
-    return group * -(-count // (group * (1 + empty)))
+    sms, heads = processors(device), architecture.heads
+    group, empty = heads_at_once(heads, heads // architecture.kv_heads, 1, sms)
+    return group * -(-sms // (group * (1 + empty)))
 
 
 @dataclass(frozen=True)
@@ -371,9 +372,9 @@ class CpuKernel:
 
 
 KERNELS = {CPU: CpuKernel, FLASH: FlashKernel, TRITON: TritonKernel}
-"""By the name in `ExecutionPlan.attention`; of two that run on the same machine, the slower one first."""
+"""Kernels by their name in `ExecutionPlan.attention`; of two that run on the same machine, the slower one first."""
 
 
 def slowest(names: Sequence[str]) -> str:
-    """Of the kernels that the processes have chosen, the one that all of them can use."""
+    """The slowest of the kernels that the processes have chosen: all of them can use it."""
     return min(names, key=list(KERNELS).index)

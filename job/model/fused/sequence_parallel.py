@@ -1,14 +1,14 @@
 """Sequence-parallel attention (Ulysses): the tokens of one row are split over processes, its heads during attention.
 
 Of N processes, rank r holds tokens r/N to (r + 1)/N of the row in every operation that works token by token. Attention
-needs all tokens, but each head is independent. So one all-to-all before attention trades tokens for heads, and another
-one behind it trades them back:
+needs all tokens, but each head is independent. So one all-to-all before attention redistributes the tensors from tokens
+to heads, and another one after it redistributes them back:
 
     (own tokens, all heads) -> (all tokens, own heads), attention, (all tokens, own heads) -> (own tokens, all heads)
 
-The backward pass sends the gradients the same two ways in reverse. The exchanges only move numbers. A row that one
-process computes alone differs in a single respect: the order in which gradients are summed, here first over the tokens
-of each process and then over the processes.
+The backward pass sends the gradients the same two ways in reverse. The exchanges only move numbers, so the result
+differs from that of a single process only in the order in which gradients are summed: first over the tokens of each
+process, and then over the processes.
 
 Each process computes whole key/value heads, with the query heads that share them (grouped-query attention). With more
 processes than key/value heads, several processes hold a copy of the same key/value head and each takes a part of its
@@ -79,7 +79,7 @@ def share_heads(heads: int, kv_heads: int, processes: int) -> HeadPartition:
     Args:
         heads: Query heads.
         kv_heads: Key/value heads, each shared by `heads / kv_heads` query heads.
-        processes: How many compute the row.
+        processes: Number of processes that compute the row.
 
     Raises:
         ValueError: These heads cannot be divided by the number of processes; see
@@ -116,11 +116,11 @@ class SequenceParallelGroup:
 
     @property
     def rank(self) -> int:
-        """This process's number, from 0."""
+        """The rank of this process."""
         return int(self.processes.place.rank)
 
-    def exchange(self, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int]) -> torch.Tensor:
-        """An all-to-all of a flat tensor; sizes as for `AllToAll.all_to_all`.
+    def all_to_all(self, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int]) -> torch.Tensor:
+        """An all-to-all of a flat tensor, once all processes are at the barrier; sizes as for `AllToAll.all_to_all`.
 
         Returns:
             (sum of `received_sizes`,), in the dtype of `sent`.
@@ -130,8 +130,8 @@ class SequenceParallelGroup:
             JobError: Another process has ended.
         """
         received = sent.new_empty(sum(received_sizes))
-        # Behind the allocation, which may run out of memory: a process that reports this at the barrier keeps the
-        # others from waiting for its tensors.
+        # After the allocation, which may run out of memory: the process reports that at the barrier, and the others do
+        # not wait for its tensors.
         self.barrier()
         self.processes.all_to_all(received, sent, received_sizes, sent_sizes)
         return received
@@ -149,34 +149,38 @@ def to_heads(sp_group: SequenceParallelGroup, tokens: int, sent: Sequence[Sequen
     Returns:
         (all tokens, own heads, head size).
     """
-    numbers = [sum(x.shape[1] for x in to_one) for to_one in sent]
-    own, _, size = sent[0][0].shape
-    sizes = [own * number * size for number in numbers]
+    head_counts = [sum(x.shape[1] for x in to_one) for to_one in sent]
+    own_tokens, _, head_size = sent[0][0].shape
+    sizes = [own_tokens * heads * head_size for heads in head_counts]
     flat = sent[0][0].new_empty(sum(sizes))
-    for to_one, number, part in zip(sent, numbers, flat.split_with_sizes(sizes), strict=True):
-        torch.cat(list(to_one), 1, out=part.view(own, number, size))
-    number = numbers[sp_group.rank]
-    received = sp_group.exchange(flat, [_size(part) * number * size for part in parts(tokens, sp_group.size)], sizes)
-    return received.view(tokens, number, size)
+    for to_one, heads, part in zip(sent, head_counts, flat.split_with_sizes(sizes), strict=True):
+        torch.cat(list(to_one), 1, out=part.view(own_tokens, heads, head_size))
+    own_heads = head_counts[sp_group.rank]
+    received_sizes = [_size(part) * own_heads * head_size for part in parts(tokens, sp_group.size)]
+    received = sp_group.all_to_all(flat, received_sizes, sizes)
+    return received.view(tokens, own_heads, head_size)
 
 
-def to_tokens(sp_group: SequenceParallelGroup, by_heads: torch.Tensor, numbers: Sequence[int]) -> list[torch.Tensor]:
+def to_tokens(
+    sp_group: SequenceParallelGroup, by_heads: torch.Tensor, head_counts: Sequence[int]
+) -> list[torch.Tensor]:
     """From a split by heads back to a split by tokens: one all-to-all.
 
     Args:
         sp_group: The processes.
         by_heads: (all tokens, own heads, head size), contiguous.
-        numbers: How many heads each rank has.
+        head_counts: Number of heads of each rank.
 
     Returns:
         By rank, (own tokens, heads of that rank, head size).
     """
-    tokens, heads, size = by_heads.shape
+    tokens, own_heads, head_size = by_heads.shape
     by_rank = parts(tokens, sp_group.size)
-    own = _size(by_rank[sp_group.rank])
-    sizes = [own * number * size for number in numbers]
-    received = sp_group.exchange(by_heads.view(-1), sizes, [_size(part) * heads * size for part in by_rank])
-    return [part.view(own, -1, size) for part in received.split_with_sizes(sizes)]
+    own_tokens = _size(by_rank[sp_group.rank])
+    sizes = [own_tokens * heads * head_size for heads in head_counts]
+    sent_sizes = [_size(part) * own_heads * head_size for part in by_rank]
+    received = sp_group.all_to_all(by_heads.view(-1), sizes, sent_sizes)
+    return [part.view(own_tokens, -1, head_size) for part in received.split_with_sizes(sizes)]
 
 
 class SequenceParallelAttention:
@@ -246,8 +250,8 @@ class _ToHeads(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         sp_group, heads = ctx.partition
-        numbers = [queries + 2 * keys for queries, keys in map(heads.counts, range(sp_group.size))]
-        received = to_tokens(sp_group, torch.cat(gradients, 1), numbers)
+        head_counts = [queries + 2 * keys for queries, keys in map(heads.counts, range(sp_group.size))]
+        received = to_tokens(sp_group, torch.cat(gradients, 1), head_counts)
         by_rank = [
             part.split_with_sizes([queries, keys, keys], 1)
             for part, (queries, keys) in zip(received, map(heads.counts, range(sp_group.size)), strict=True)
@@ -279,7 +283,7 @@ def _summed(gradients: Sequence[torch.Tensor], heads: HeadPartition) -> torch.Te
 
     Args:
         gradients: By rank, (own tokens, key/value heads of that rank, head size).
-        heads: Which heads these are.
+        heads: The heads of each rank.
     """
     last = heads.keys[-1].stop
     if sum(map(_size, heads.keys)) == last:

@@ -1,9 +1,10 @@
 """A decoder layer of a long row: its feed-forward half in tiles over the sequence, forward and backward.
 
-The feed-forward half (norm, gate, up, SwiGLU, down, residual) works token by token, so it need not have all tokens at
-once: with 343,000 tokens at Mistral-7B's shape, it would need three intermediate tensors of 9 GiB each. In the backward
-pass each tile is computed again, and its share of the adapter's gradient is added in fp32, tile after tile. The order
-of these sums affects the last bits, so the size of a tile is a constant and does not depend on free memory.
+The feed-forward half (norm, gate, up, SwiGLU, down, residual) works token by token, so it can be computed for a part of
+the tokens at a time. With all of 343,000 tokens at Mistral-7B's shape, it would need three intermediate tensors of 9
+GiB each. In the backward pass each tile is computed again, and its part of the adapter's gradient is added in fp32,
+tile after tile. The order of these sums affects the last bits, so the size of a tile is a constant and does not depend
+on free memory.
 
 The attention half is computed as a whole, but its norms, which may compute in fp32, in tiles. What it saves for its
 backward pass exists for one layer at a time.
@@ -26,17 +27,17 @@ class Halves:
     """Names of a decoder layer's norms: before and after attention, before and after the feed-forward layer."""
 
     before_attention: str | None = "input_layernorm"
-    behind_attention: str | None = None
+    after_attention: str | None = None
     before_feed_forward: str | None = "post_attention_layernorm"
-    behind_feed_forward: str | None = None
+    after_feed_forward: str | None = None
     scaled: bool = False
     """Whether the output of each half is multiplied by `residual_multiplier` before the residual addition."""
 
 
 _FOUR_NORMS = Halves(
-    behind_attention="post_attention_layernorm",
+    after_attention="post_attention_layernorm",
     before_feed_forward="pre_feedforward_layernorm",
-    behind_feed_forward="post_feedforward_layernorm",
+    after_feed_forward="post_feedforward_layernorm",
 )
 LAYERS = {
     "Gemma2DecoderLayer": _FOUR_NORMS,
@@ -48,9 +49,9 @@ LAYERS = {
     "MixtralDecoderLayer": Halves(),
     "Olmo2DecoderLayer": Halves(
         before_attention=None,
-        behind_attention="post_attention_layernorm",
+        after_attention="post_attention_layernorm",
         before_feed_forward=None,
-        behind_feed_forward="post_feedforward_layernorm",
+        after_feed_forward="post_feedforward_layernorm",
     ),
     "Phi3DecoderLayer": Halves(),
     "Qwen2DecoderLayer": Halves(),
@@ -119,7 +120,7 @@ def backward_layer(
     edge = get_gradient_edge(after) if after.requires_grad else None
     after = after.detach()
     backward_in_tiles(lambda part: _feed_forward_half(layer, part), after, gradient, tile)
-    del after  # the edge keeps what its gradient needs, and this is not part of it
+    del after  # frees memory: the graph that `edge` keeps alive does not need the output itself
     if edge is not None:
         torch.autograd.backward([edge], [gradient])
     return x.grad
@@ -147,7 +148,7 @@ def backward_in_tiles(function: Tokenwise, x: torch.Tensor, gradient: torch.Tens
 class _InTiles(torch.autograd.Function):
     """A function that works token by token, in tiles forward and backward; its parameters get no gradient.
 
-    A norm in fp32 then needs memory for one tile of fp32 values, and saves its input only.
+    So a norm in fp32 needs memory for one tile of fp32 values, and saves only its input.
     """
 
     @staticmethod
@@ -162,7 +163,7 @@ class _InTiles(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         (x,) = ctx.saved_tensors
-        gradient = gradient.clone()  # it may be another function's, too
+        gradient = gradient.clone()  # overwritten below, and other functions may get the same tensor
         backward_in_tiles(ctx.function, x, gradient, ctx.tile)
         return gradient, None, None
 
@@ -174,13 +175,13 @@ def _attention_half(
     layout = replace(arguments["layout"], attend=attend)
     read = _normed(layer, halves.before_attention, x, tile)
     out = layer.self_attn(hidden_states=read, **{**arguments, "layout": layout})[0]
-    return _added(layer, halves, x, _normed(layer, halves.behind_attention, out, tile))
+    return _added(layer, halves, x, _normed(layer, halves.after_attention, out, tile))
 
 
 def _feed_forward_half(layer: Any, x: torch.Tensor) -> torch.Tensor:
     halves = LAYERS[type(layer).__name__]
     out = layer.mlp(_normed(layer, halves.before_feed_forward, x))
-    return _added(layer, halves, x, _normed(layer, halves.behind_feed_forward, out))
+    return _added(layer, halves, x, _normed(layer, halves.after_feed_forward, out))
 
 
 def _normed(layer: Any, name: str | None, x: torch.Tensor, tile: int | None = None) -> torch.Tensor:

@@ -66,36 +66,36 @@ def soon(seconds: float) -> Callable[[], float]:
     return lambda: max(0.0, deadline - time.monotonic())
 
 
-def end_with(error: BaseException, publisher: AsyncUploader, folder: Path) -> None:
+def end_with(error: BaseException, uploader: AsyncUploader, folder: Path) -> None:
     """A training that hands over one checkpoint and then ends with an exception."""
-    with publisher:
-        publisher.submit(folder, 1)
+    with uploader:
+        uploader.submit(folder, 1)
         raise error
 
 
 def test_submit_does_not_wait_for_the_upload(tmp_path: Path, uploads: Uploads) -> None:
     """Training goes on while the upload runs, in another thread."""
-    with AsyncUploader(uploads) as publisher:
-        publisher.submit(checkpoint(tmp_path, 1), 1)
+    with AsyncUploader(uploads) as uploader:
+        uploader.submit(checkpoint(tmp_path, 1), 1)
         assert uploads.begun.acquire(timeout=60)
         assert uploads.done == []
-        assert publisher.finish(timeout=0.01) is False
+        assert uploader.finish(timeout=0.01) is False
         assert uploads.threads[0] is not threading.current_thread()
         uploads.go.release()
-        assert publisher.finish(timeout=60) is True
+        assert uploader.finish(timeout=60) is True
         assert uploads.done[0] == ("step-1", 1)  # the second may have ended too by now
 
 
 def test_never_more_than_one_behind(tmp_path: Path, uploads: Uploads) -> None:
     """A second checkpoint waits for the first: one upload at a time, in order, and the waiting is measured."""
-    with AsyncUploader(uploads) as publisher:
-        publisher.submit(checkpoint(tmp_path, 1), 1)
-        assert publisher.waited_seconds == 0
+    with AsyncUploader(uploads) as uploader:
+        uploader.submit(checkpoint(tmp_path, 1), 1)
+        assert uploader.waited_seconds == 0
         threading.Timer(0.2, uploads.go.release, (1000,)).start()
         before = time.monotonic()
-        publisher.submit(checkpoint(tmp_path, 2), 2)
+        uploader.submit(checkpoint(tmp_path, 2), 2)
         assert uploads.done[0] == ("step-1", 1)  # the second may have ended too by now
-        assert 0 < publisher.waited_seconds <= time.monotonic() - before
+        assert 0 < uploader.waited_seconds <= time.monotonic() - before
     assert uploads.done == [("step-1", 1), ("step-2", 2)]
     assert uploads.most == 1
 
@@ -103,8 +103,8 @@ def test_never_more_than_one_behind(tmp_path: Path, uploads: Uploads) -> None:
 def test_leaving_waits(tmp_path: Path, uploads: Uploads) -> None:
     """At the end of the `with` block everything that was submitted is published, and no thread is left."""
     threading.Timer(0.1, uploads.go.release).start()
-    with AsyncUploader(uploads) as publisher:
-        publisher.submit(checkpoint(tmp_path, 1), 1)
+    with AsyncUploader(uploads) as uploader:
+        uploader.submit(checkpoint(tmp_path, 1), 1)
     assert uploads.done[0] == ("step-1", 1)  # the second may have ended too by now
     uploads.threads[0].join(60)
     assert not uploads.threads[0].is_alive()
@@ -113,12 +113,12 @@ def test_leaving_waits(tmp_path: Path, uploads: Uploads) -> None:
 def test_checkpoint_is_deleted_once_published(tmp_path: Path, uploads: Uploads) -> None:
     """The local folder lives as long as its upload needs it, and no longer."""
     folder = checkpoint(tmp_path, 1)
-    with AsyncUploader(uploads) as publisher:
-        publisher.submit(folder, 1)
+    with AsyncUploader(uploads) as uploader:
+        uploader.submit(folder, 1)
         assert uploads.begun.acquire(timeout=60)
         assert folder.exists()
         uploads.go.release()
-        publisher.finish()
+        uploader.finish()
         assert not folder.exists()
 
 
@@ -130,12 +130,12 @@ def test_upload_times_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def publish(_folder: Path, step: int) -> None:
         now[0] += step
 
-    with AsyncUploader(publish) as publisher:
-        assert publisher.seconds == ()
+    with AsyncUploader(publish) as uploader:
+        assert uploader.seconds == ()
         for step in (1, 3):
-            publisher.submit(checkpoint(tmp_path, step), step)
-        publisher.finish()
-        assert publisher.seconds == (1.0, 3.0)
+            uploader.submit(checkpoint(tmp_path, step), step)
+        uploader.finish()
+        assert uploader.seconds == (1.0, 3.0)
 
 
 @pytest.mark.parametrize("call", ["submit", "check", "finish", "exit"])
@@ -149,15 +149,15 @@ def test_a_failed_upload_ends_the_run(tmp_path: Path, call: str) -> None:
         raise error
 
     folder, later = checkpoint(tmp_path, 1), checkpoint(tmp_path, 2)
-    publisher = AsyncUploader(fail)
-    publisher.submit(folder, 1)
-    while not publisher._upload or not publisher._upload.done():
+    uploader = AsyncUploader(fail)
+    uploader.submit(folder, 1)
+    while not uploader._upload or not uploader._upload.done():
         time.sleep(0.001)
     calls = {
-        "submit": lambda: publisher.submit(later, 2),
-        "check": publisher.check,
-        "finish": publisher.finish,
-        "exit": lambda: publisher.__exit__(None, None, None),
+        "submit": lambda: uploader.submit(later, 2),
+        "check": uploader.check,
+        "finish": uploader.finish,
+        "exit": lambda: uploader.__exit__(None, None, None),
     }
     with pytest.raises(Unreachable) as caught:
         calls[call]()
@@ -172,12 +172,12 @@ def test_an_error_is_raised_again_and_again(tmp_path: Path) -> None:
     def fail(_folder: Path, _step: int) -> None:
         raise Unreachable("503")
 
-    publisher = AsyncUploader(fail)
-    publisher.submit(checkpoint(tmp_path, 1), 1)
+    uploader = AsyncUploader(fail)
+    uploader.submit(checkpoint(tmp_path, 1), 1)
     for step in (2, 3):
         with pytest.raises(Unreachable):
-            publisher.submit(checkpoint(tmp_path, step), step)
-    with pytest.raises(Unreachable), publisher:
+            uploader.submit(checkpoint(tmp_path, step), step)
+    with pytest.raises(Unreachable), uploader:
         pass
 
 
@@ -187,8 +187,8 @@ def test_even_an_exit_in_the_upload_is_an_error(tmp_path: Path) -> None:
     def leave(_folder: Path, _step: int) -> None:
         raise SystemExit(3)
 
-    with pytest.raises(SystemExit), AsyncUploader(leave) as publisher:
-        publisher.submit(checkpoint(tmp_path, 1), 1)
+    with pytest.raises(SystemExit), AsyncUploader(leave) as uploader:
+        uploader.submit(checkpoint(tmp_path, 1), 1)
 
 
 @pytest.mark.parametrize("error", [Preempted("SIGTERM"), KeyboardInterrupt(), ValueError("a bug")])
@@ -229,8 +229,8 @@ def test_log_lines_of_the_thread_carry_the_run(tmp_path: Path) -> None:
         seen.append(log.context())
 
     log.bind(run="r1")
-    with log.stage("train"), AsyncUploader(publish) as publisher:
-        publisher.submit(checkpoint(tmp_path, 1), 1)
+    with log.stage("train"), AsyncUploader(publish) as uploader:
+        uploader.submit(checkpoint(tmp_path, 1), 1)
     assert seen == [{"run": "r1", "stage": "train"}]
 
 
@@ -250,9 +250,9 @@ def test_the_process_does_not_end_before_the_upload(tmp_path: Path) -> None:
 
         def main():
             try:
-                with AsyncUploader(publish) as publisher:
+                with AsyncUploader(publish) as uploader:
                     (folder / "checkpoint").mkdir()
-                    publisher.submit(folder / "checkpoint", 1)
+                    uploader.submit(folder / "checkpoint", 1)
                     raise ValueError("the loss is nan")
             except ValueError:
                 return 65
@@ -270,8 +270,8 @@ def test_a_signal_shortens_the_wait(tmp_path: Path, uploads: Uploads) -> None:
     """Who waits for an upload without a deadline is given one, and leaves in time."""
     left = [math.inf] * 2
     began = time.monotonic()
-    publisher = AsyncUploader(uploads, seconds_left=lambda: left.pop() if left else 0.0)
+    uploader = AsyncUploader(uploads, seconds_left=lambda: left.pop() if left else 0.0)
     with capture_logs() as logs, pytest.raises(ValueError, match="a bug"):
-        end_with(ValueError("a bug"), publisher, checkpoint(tmp_path, 1))
+        end_with(ValueError("a bug"), uploader, checkpoint(tmp_path, 1))
     assert time.monotonic() - began < 50
     assert ["did not end in time" in line["event"] for line in logs] == [True]

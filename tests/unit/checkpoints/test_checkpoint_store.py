@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from job.checkpoints import checkpoint_store
-from job.checkpoints.checkpoint_store import Restored, prune, publish, restore, steps
+from job.checkpoints.checkpoint_store import Restored, prune, restore, steps
 from job.checkpoints.commit_marker import MAX_MARKER_BYTES, parse_marker
 from job.common.hashing import hash_facts, seal
 from job.errors import AccessDenied, JobError, Unreachable
@@ -61,7 +61,7 @@ def written(tmp_path: Path, step: int) -> Path:
 
 def commit(store: ObjectStore, tmp_path: Path, step: int, epoch: int = 1) -> None:
     """Publishes a step."""
-    publish(store, written(tmp_path, step), step, checkpoint_store.MarkerFields(epoch, 1, SOFTWARE))
+    checkpoint_store.commit(store, written(tmp_path, step), step, checkpoint_store.MarkerFields(epoch, 1, SOFTWARE))
 
 
 def is_whole(folder: Path | None, step: int) -> bool:
@@ -126,7 +126,9 @@ def test_what_is_published_holds_whole_checkpoints(two: LocalStore, tmp_path: Pa
 def test_a_checkpoint_of_another_run_is_not_published(store: LocalStore, tmp_path: Path) -> None:
     """One whose marker names another run is deleted too, and one that names none, as earlier versions wrote, stays."""
     for step, run in ((10, "a"), (20, "b"), (30, None)):
-        publish(store, written(tmp_path, step), step, checkpoint_store.MarkerFields(1, 1, SOFTWARE, run))
+        checkpoint_store.commit(
+            store, written(tmp_path, step), step, checkpoint_store.MarkerFields(1, 1, SOFTWARE, run)
+        )
     gone = checkpoint_store.delete_all_but_intact(store, tmp_path / "copies", epoch=2, run="a", keep=9)
     assert [one.step for one in gone] == [20]
     assert steps(store) == [30, 10]
@@ -583,7 +585,7 @@ def test_pickles_are_bytes_like_others(store: LocalStore, tmp_path: Path) -> Non
     folder.mkdir()
     for name in ("adapter.safetensors", "optimizer.pt", "progress.json"):
         (folder / name).write_bytes(pickle.dumps(Payload(tmp_path / "owned")))
-    publish(store, folder, 20, checkpoint_store.MarkerFields(1, 1, SOFTWARE))
+    checkpoint_store.commit(store, folder, 20, checkpoint_store.MarkerFields(1, 1, SOFTWARE))
     assert restore(store, tmp_path / "restored", SOFTWARE).step == 20
     assert not (tmp_path / "owned").exists()
 
@@ -593,7 +595,7 @@ def test_hidden_files_are_no_checkpoint(store: LocalStore, tmp_path: Path) -> No
     folder = written(tmp_path, 20)
     (folder / ".part").touch()
     with pytest.raises(ValueError, match=r"\.part"):
-        publish(store, folder, 20, checkpoint_store.MarkerFields(1, 1, SOFTWARE))
+        checkpoint_store.commit(store, folder, 20, checkpoint_store.MarkerFields(1, 1, SOFTWARE))
     assert list(store.list()) == []
 
 
@@ -804,7 +806,7 @@ def test_a_checkpoint_of_another_run_is_not_used(store: LocalStore, tmp_path: Pa
     """One that was trained with another seed, rate, data or base is passed over; one that fits, or is old, is used."""
     for step, run in ((10, None), (20, "mine"), (30, "other")):
         folder = written(tmp_path, step)
-        publish(store, folder, step, checkpoint_store.MarkerFields(1, 1, SOFTWARE, run))
+        checkpoint_store.commit(store, folder, step, checkpoint_store.MarkerFields(1, 1, SOFTWARE, run))
     found = restore(store, tmp_path / "restored", SOFTWARE, run="mine")
     assert (found.step, [skipped.step for skipped in found.skipped]) == (20, [30])
     assert "other settings, data or weights" in found.skipped[0].why

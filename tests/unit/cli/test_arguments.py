@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from job.cli.arguments import COMMANDS, command_help, usage
+from job.cli.arguments import COMMANDS
+from job.cli.help_text import command_help, usage
 from job.cli.main import function_of, main
 from job.errors import environment_name
 from job.settings.schema import NAMES, READING

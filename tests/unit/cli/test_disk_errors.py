@@ -58,6 +58,29 @@ def test_a_full_disk_under_safetensors_is_no_bug(
     assert ("a bug" in said) == (code == 1)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("can't start new thread"),
+        RuntimeError("unable to start watchdog thread"),
+        BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)),  # of fork
+    ],
+)
+def test_a_machine_that_starts_no_more_threads_is_no_bug(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of a container with a limit, for example: the message names the limits, and another try would end alike."""
+
+    def fail(_words: list[str]) -> int:
+        raise error
+
+    monkeypatch.setattr(config, "config_command", fail)
+    assert cli.main(["config"]) == 70
+    said = capfd.readouterr().err
+    assert "pids.max" in said
+    assert "a bug" not in said
+
+
 def test_a_path_that_is_too_long_is_no_bug(capfd: pytest.CaptureFixture[str]) -> None:
     """Of a model, where the first look at the path fails."""
     assert cli.main(["plan", "--preset", "demo", "--run.id", "x", "--model.id", "/tmp/" + "m" * 300]) == 2

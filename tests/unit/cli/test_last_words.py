@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from job import pipeline
+from job import log, pipeline
 from job.cli import config, error_report
 from job.cli import main as cli
 from job.distributed import rendezvous
@@ -38,14 +38,35 @@ def test_a_failure_that_another_machine_may_not_have_names_the_machine(
     def fail(_words: list[str]) -> int:
         raise error
 
-    log = tmp_path / "termination-log"
+    said_to = tmp_path / "termination-log"
     monkeypatch.setattr(config, "config_command", fail)
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
-    monkeypatch.setenv("KUBERNETES_TERMINATION_LOG", str(log))
+    monkeypatch.setenv("KUBERNETES_TERMINATION_LOG", str(said_to))
     for node, expected in (("gpu-7", said), ("", said.replace("node gpu-7: ", ""))):
         monkeypatch.setenv("KUBERNETES_NODE_NAME", node)
         assert cli.main(["config"]) == (error.exit_code if isinstance(error, JobError) else 1)
-        assert log.read_text() == expected
+        assert said_to.read_text() == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "attempt", "told"),
+    [
+        (Preempted("SIGINT"), {"attempt": 1}, "JOB_RUN__ID=20261130-1"),
+        (Preempted("SIGINT"), {}, None),
+        (TrainingFailed("diverged"), {"attempt": 1}, None),
+    ],
+)
+def test_an_interrupted_attempt_says_with_which_id_it_is_resumed(
+    error: JobError, attempt: dict[str, int], told: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The id may have been generated, and the next start would make another; a run that has not begun has none yet."""
+    log.configure("json", "info", run="20261130-1", **attempt)
+    try:
+        error_report.report(error, Platform("docker"))
+    finally:
+        log.clear_context()
+    line = json.loads(capsys.readouterr().err)
+    assert line.get("resume_with") == told
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA error: out of memory")])

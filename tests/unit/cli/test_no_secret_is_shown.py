@@ -10,7 +10,7 @@ import pytest
 
 from job.cli.main import main
 from job.common.hashing import sealed, unsealed
-from job.common.secrets_in_text import is_key, secret_in, shown
+from job.common.secrets_in_text import is_key, secret_in, shown, signatures_in
 from job.errors import MAX_SHOWN, SettingsError, environment_name
 from job.log import scrub
 from job.results.promotion import pointer_location, promote
@@ -145,6 +145,72 @@ def test_ordinary_names(address: str) -> None:
     if "," not in address:
         assert str(Location.parse(address)) == address
         assert load_settings([f"--data.source={address}"], {}).data.source == address
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("az://bucket/a;sig=x", "has a signature"),
+        ("az://bucket/a#sig=x", "has a signature"),
+        ("https://host/a?SecurityToken=x", "has a signature"),
+        ("S3://AKIA:secret@bucket/a", "has a login"),
+        ("s3://AKIA:@bucket/a", "has a login"),
+        ("s3://:secret@bucket/a", "has a login"),  # a password without a user
+        ("s3://bucket and x:y@z", None),
+        ("gs://bucket,a:b@c", None),
+        ("http://me:secret@host", None),  # such settings have a check of their own
+        ("https://me:secret@host", None),
+        ("see s3://AKIA:se/cr:et@bucket/a", "has a login"),
+        # The labels of RFC 7468, RFC 5915, OpenSSL and OpenSSH.
+        *((f"-----BEGIN {kind}PRIVATE KEY-----", "holds a private key") for kind in ("", "RSA ", "EC ", "ENCRYPTED ")),
+        ("-----BEGIN OPENSSH PRIVATE KEY-----", "holds a private key"),
+        ('{"private_key": "x"}', "holds a private key"),
+        ("-----BEGIN PUBLIC KEY-----", None),
+        ("-----BEGIN CERTIFICATE-----", None),
+        ("s3://bucket/a folder:b@c", None),
+        ("s3://bucket/design=1?design=2", None),
+    ],
+)
+def test_kinds_of_secrets(text: str, what: str | None) -> None:
+    """Signatures behind any separator, logins of every scheme, private keys of every kind; public ones are none."""
+    found = secret_in(text)
+    assert found is None if what is None else found is not None and found.startswith(what)
+
+
+@pytest.mark.parametrize("separator", ["?", "&", ";", "#", "%3F", "%3f", "%26", "%3B", "%23", "%253F", "%252526"])
+def test_messages_show_what_is_before_the_query(separator: str) -> None:
+    """Also where it is percent-encoded, once or more often; of a login only the place is left."""
+    assert shown(f"https://host/a{separator}x={SECRET}") == "https://host/a"
+    assert shown(f"s3://me@home:{SECRET}@bucket/a{separator}x") == "s3://bucket/a"
+
+
+def test_signatures_in_a_text() -> None:
+    """Each as it is written there, up to what ends it; an empty one would hide the whole text."""
+    text = "az://b/a?sig=ab%2Fc&sv=1 and \"az://b/b?sig=de\", 'az://b/c?SIG=fg' or\taz://b/d?sig=hi\tnow ?sig="
+    assert signatures_in(text) == ["ab%2Fc", "de", "fg", "hi"]
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('{"type": "authorized_user", "refresh_token": "x"}', True),
+        (' \t{"type": "authorized_user"}', True),
+        *((base64.b64encode(text).decode(), True) for text in (b'{"a": "of a key"}', b'{\n "a": "of a key"}')),
+        (base64.b64encode(b'{\r\n "a": "of a key"}').decode(), True),
+        (base64.b64encode(b'{"a?>?>?>?>?>?>?>?>?>": 1}').decode(), True),  # with + and /
+        (f"eyJ{'a' * 20}", True),
+        (f"eyJ{'a' * 19}", False),
+        (f"MII{'a+/=' * 50}", True),
+        (f"MII{'a+/=' * 49}", False),
+        ("/" + "a" * 4095, False),  # PATH_MAX of Linux
+        ("/" + "a" * 4096, True),
+        ("/run/secrets/key.json\n", False),  # as `echo` writes it to a file of variables
+        ("first\nsecond", True),
+    ],
+)
+def test_what_is_a_key(text: str, key: bool) -> None:  # noqa: FBT001
+    """JSON, plain and in base64 with every kind of line end, a key in DER, several lines, and more than a path has."""
+    assert is_key(text) == key
 
 
 def test_the_query_of_an_unknown_address_is_not_repeated() -> None:

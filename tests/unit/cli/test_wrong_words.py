@@ -90,6 +90,14 @@ def _there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("compare --history good --output folder", 2, "--output folder: is a folder; name a file"),
         ("compare good good --policy none", 2, "--policy (none): cannot be read: No such file or directory"),
         ("verify good --storage.cache file.dat", 2, "JOB_STORAGE__CACHE: cannot make the folder file.dat"),
+        (
+            "config --run.output ftp://host/x",
+            2,
+            "use s3://bucket/key, gs://bucket/key, az://bucket/key, a path, or for",
+        ),
+        ("config --config none.yaml", 2, "JOB_CONFIG (command line): the file none.yaml cannot be read: No such file"),
+        ("config --config job.json", 2, "must name a .yaml, .yml or .toml file, not job.json"),
+        ("job.yaml", 2, "job.yaml: is not a command; give a settings file as --config job.yaml; commands are"),
         ("config --schema --foo", 2, "--schema: prints the schema of all settings; remove the other arguments"),
     ],
 )
@@ -101,6 +109,12 @@ def test_what_is_wrong_is_named_with_the_fix(
     line = json.loads(capsys.readouterr().err)
     assert line["exit_code"] == code
     assert problem in line["problems"][0]
+
+
+def test_the_version_is_asked_for_as_a_command_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its nearest command would be `verify`."""
+    assert main(["version"]) == main(["--version"]) == 0
+    assert len(set(capsys.readouterr().out.splitlines())) == 1
 
 
 def test_help_of_a_command_in_either_order(capsys: pytest.CaptureFixture[str]) -> None:

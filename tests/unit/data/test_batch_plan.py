@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from job.data.batch_plan import batch, epoch_order, micro_batches, shares, steps_per_epoch
+from job.data.batch_plan import assign, batch, epoch_order, micro_batches, steps_per_epoch
 
 SEEDS = st.integers(0, 2**63)
 ROWS = st.integers(1, 300)
@@ -98,18 +98,18 @@ PROCESSES = st.integers(1, 9)
 @given(LENGTHS, PROCESSES)
 def test_every_example_is_dealt_to_one_process(lengths: list[int], processes: int) -> None:
     """Each exactly once, in the plan's order; nobody has more than the others by more than one example's tokens."""
-    dealt = shares(lengths, processes)
+    dealt = assign(lengths, processes)
     assert len(dealt) == processes
-    assert Counter(index for share in dealt for index in share) == Counter(range(len(lengths)))
-    assert all(share == sorted(share) for share in dealt)
-    tokens = [sum(lengths[index] for index in share) for share in dealt]
+    assert Counter(index for positions in dealt for index in positions) == Counter(range(len(lengths)))
+    assert all(positions == sorted(positions) for positions in dealt)
+    tokens = [sum(lengths[index] for index in positions) for positions in dealt]
     assert max(tokens) - min(tokens) <= max(lengths, default=0)
 
 
 @given(LENGTHS)
 def test_one_process_gets_the_step_as_it_is(lengths: list[int]) -> None:
     """Alone it trains on the plan's rows in the plan's order."""
-    assert shares(lengths, 1) == [list(range(len(lengths)))]
+    assert assign(lengths, 1) == [list(range(len(lengths)))]
 
 
 @pytest.mark.parametrize(
@@ -123,4 +123,4 @@ def test_one_process_gets_the_step_as_it_is(lengths: list[int]) -> None:
 )
 def test_examples_are_dealt_the_longest_first(lengths: list[int], dealt: list[list[int]]) -> None:
     """Golden: of equal lengths the first example comes first, and of processes with equally many tokens the first."""
-    assert shares(lengths, len(dealt)) == dealt
+    assert assign(lengths, len(dealt)) == dealt

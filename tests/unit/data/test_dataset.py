@@ -282,6 +282,23 @@ def test_a_template_that_never_ends_an_answer_is_refused(tmp_path: Path) -> None
     assert (warning["ends_with"], warning["end_of_sequence"]) == ("<pad>", "</s>")
 
 
+def test_settings_that_choose_nothing_are_warned_of(tmp_path: Path) -> None:
+    """A split of a file that has none, so that all rows are learned; weights where no row has one, by that name."""
+
+    def warned(path: Path, **how: Any) -> list[str]:
+        with structlog.testing.capture_logs() as logs:
+            load(path, **how)
+        return [line["event"] for line in logs if line["log_level"] == "warning"]
+
+    path = lines(tmp_path / "x.jsonl", {"text": "cat", "weights": 0}, {"text": "dog"})
+    (split,) = warned(path, split="test")
+    assert split == "the split test has no effect: the source has no splits, and all its rows are used"
+    assert warned(path) == warned(path, split="validation") == []
+    (weights,) = warned(path, row_weights=True)
+    assert weights.startswith("JOB_DATA__ROW_WEIGHTS has no effect")
+    assert warned(lines(tmp_path / "y.jsonl", {"text": "cat", "weight": 2}, {"text": "dog"}), row_weights=True) == []
+
+
 def test_control_tokens_in_text_are_counted(tmp_path: Path) -> None:
     """Special tokens that stand in the texts of rows are one warning with counts; those at the borders are none."""
     plain = lines(

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from job.data.batch_plan import targets_of, tokens_of
+from job.data.batch_plan import targets_of
 from job.data.schemas import Schema
 from job.model.tokenizer import load_tokenizer
+from tests.helpers import tokens_of
 from tests.reading_reference import read_plainly
 from tests.toy_tokenizer import CHATML, toy_tokenizer
 from tests.unit.data.test_dataset import ALPACA, lines, load

@@ -84,6 +84,27 @@ def test_pairs_are_one_problem(tmp_path: Path) -> None:
     assert all("set JOB_TRAIN__METHOD=dpo" in problem.what for problem in caught.value.problems)
 
 
+def test_instructions_under_dpo_name_the_fields_of_pairs(tmp_path: Path) -> None:
+    """Who asks for DPO gets to know which rows it learns from, not only the method for the rows there are."""
+    path = lines(tmp_path / "x.jsonl", {"instruction": "a", "output": "b"})
+    with pytest.raises(DataError, match=r"METHOD=sft, or give rows with the fields chosen, rejected$"):
+        load(path, method="dpo")
+
+
+def test_a_row_of_another_schema_is_one_problem(tmp_path: Path) -> None:
+    """It says so, instead of one missing field after another; a row that lacks a field of its schema names it."""
+    other, half = {"prompt": "a", "completion": "b"}, {"instruction": "a"}
+    path = lines(tmp_path / "x.jsonl", {"instruction": "a", "output": "b"}, other, half)
+    with pytest.raises(DataError) as caught:
+        load(path)
+    what = "has the fields of the schema prompt_completion, not of alpaca; all rows must have one schema, that of"
+    assert [str(problem) for problem in caught.value.problems] == [
+        f"{path}:2: {what} JOB_DATA__FORMAT or else of the first row",
+        f"{path}:3 output: is missing",
+    ]
+    assert load(path, on_bad_row="skip")[1].skipped == {"missing_field": 2}
+
+
 def test_a_named_schema_wins(tmp_path: Path) -> None:
     """A schema given by name is used where detection would take another."""
     path = lines(tmp_path / "x.jsonl", {"instruction": "a", "output": "b", "text": "cat"})

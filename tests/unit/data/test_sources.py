@@ -22,6 +22,13 @@ from tests.toy_tokenizer import toy_tokenizer
 from tests.unit.data.test_dataset import lines, load, text_of
 
 
+def test_a_relative_path_says_where_it_was_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A settings file may be in another folder than the one the job is started in."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=f"rows.jsonl: does not exist in {tmp_path}; correct the path"):
+        read("rows.jsonl")
+
+
 def texts(*names: str) -> list[dict[str, str]]:
     """Rows of plain text."""
     return [{"text": name} for name in names]

@@ -7,8 +7,9 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.data.batch_plan import Steps, by_weight, targets_of, tokens_of
+from job.data.batch_plan import Steps, by_weight, targets_of
 from job.records import Example
+from tests.helpers import tokens_of
 
 LENGTHS = st.lists(st.integers(2, 40), min_size=1, max_size=30)
 

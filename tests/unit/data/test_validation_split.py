@@ -145,6 +145,19 @@ def test_more_rows_than_there_are_are_refused(wanted: int) -> None:
         hold_out(hashes(TEXTS), wanted, "rows")
 
 
+@pytest.mark.parametrize(("rows", "share"), [(40, 0.999999), (3, 0.9), (2, 0.95)])
+def test_a_share_that_leaves_no_row_to_train_on_is_refused(rows: int, share: float) -> None:
+    """Each row is held out by itself or not: of a few rows, all may be."""
+    for first in range(100):
+        found = hashes([text(100 * first + n) for n in range(rows)])
+        try:
+            assert set(hold_out(found, share, "rows.jsonl")) == {True, False}
+        except DataError as error:
+            if "all of them out, so that none is left to train on; lower JOB_DATA__VALIDATION" in str(error):
+                return
+    raise AssertionError("it never happened")
+
+
 def test_overlap_is_counted() -> None:
     """Validation rows that are trained on too are counted: those word for word, and those nearly so."""
     training, validation = hashes(TEXTS), hashes([TEXTS[0], TEXTS[1].upper(), near(TEXTS[2]), text(9999)])

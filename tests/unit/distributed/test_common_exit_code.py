@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from job.distributed.common_exit_code import End, agree_on_end, publish_end
+from job.distributed.common_exit_code import End, agree_on_end, announce_end
 from job.errors import exit_codes, most_serious
 
 
@@ -44,8 +44,8 @@ def test_all_pairs_of_codes(store: Any) -> None:
 
 def test_the_reason_comes_from_the_process(store: Any) -> None:
     """What a process said of its end is kept, whatever its launcher adds; else the machine is named."""
-    publish_end(store, 1, 65, "rows.jsonl:3: is empty")
-    publish_end(store, 1, 65, "ended with exit code 65")
+    announce_end(store, 1, 65, "rows.jsonl:3: is empty")
+    announce_end(store, 1, 65, "ended with exit code 65")
     store.set("machine#1", "65")
     assert agree(store, 75, 0, seconds=0) == End(65, "process 1", "rows.jsonl:3: is empty")
     store.set("machine#1", "2")
@@ -54,7 +54,7 @@ def test_the_reason_comes_from_the_process(store: Any) -> None:
 
 def test_a_machine_that_still_ends_counts_with_what_its_processes_said(store: Any) -> None:
     """The wait is bounded; a failure that was published by then is known, and a machine without one is nothing."""
-    publish_end(store, 1, 1, "was killed by SIGKILL")
+    announce_end(store, 1, 1, "was killed by SIGKILL")
     began = time.monotonic()
     assert agree(store, 75, 0, seconds=0.2, machines=3) == End(1, "process 1", "was killed by SIGKILL")
     assert time.monotonic() - began < 60
@@ -65,5 +65,5 @@ def test_a_code_that_is_not_in_the_table_counts_as_killed(store: Any, code: int)
     """Another machine may run another version of the job: its code is named, and is no reason to end as a bug here."""
     store.set("machine#1", str(code))
     assert agree(store, 75, 0, seconds=0) == End(1, "machine 1", f"ended with exit code {code}")
-    publish_end(store, 1, code, "is new")
+    announce_end(store, 1, code, "is new")
     assert agree(store, 75, 0, seconds=0) == End(1, "process 1", "is new")

@@ -19,7 +19,7 @@ from job.cli.error_report import report
 from job.cli.main import main
 from job.distributed import early_end, other_machines, process_group, rendezvous
 from job.distributed.common_exit_code import END, agree_on_end
-from job.distributed.early_end import publishing_early_end
+from job.distributed.early_end import announcing_early_end
 from job.distributed.launcher import Machine, launch
 from job.distributed.process_group import ProcessGroup
 from job.distributed.ranks import Place
@@ -36,7 +36,7 @@ WRONG = SettingsError([Problem("JOB_TRAIN__EPOCHS", "must be at least 1")])
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_group, "REASON_SECONDS", 0.1)
-    monkeypatch.setattr(early_end, "_TELL_SECONDS", 100.0)  # a bound that a busy machine keeps
+    monkeypatch.setattr(early_end, "_ANNOUNCE_SECONDS", 100.0)  # a bound that a busy machine keeps
     monkeypatch.setattr(rendezvous, "_FOREIGN_PROCESS_SECONDS", 0.3)
     for module in (process_group, rendezvous):
         monkeypatch.setattr(module, "CHECK_SECONDS", 0.05)
@@ -59,7 +59,7 @@ def end_of_joining(
 def end_early(machine: int, port: int, run: str | None = "r", error: JobError = WRONG) -> JobError:
     """The error with which a machine of two ends before it connects, once it has told the other one."""
     place = Machine(1, nodes=2, node_rank=machine, rendezvous=f"localhost:{port}")
-    with pytest.raises(JobError) as raised, publishing_early_end(lambda: (place, run)):
+    with pytest.raises(JobError) as raised, announcing_early_end(lambda: (place, run)):
         raise error
     return raised.value
 
@@ -91,7 +91,7 @@ def test_invalid_settings_of_machine_0_end_the_others() -> None:
         there = keyspace(reach_store(Place(host="localhost", port=port)), "r")
         assert agree_on_end(there, 2, machine=1, machines=2, processes=2, seconds=60).code == 2
         assert ending.result(timeout=60) is WRONG
-    assert time.monotonic() - began < early_end._TELL_SECONDS
+    assert time.monotonic() - began < early_end._ANNOUNCE_SECONDS
 
 
 def test_one_without_its_launcher_does_not_keep_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +154,7 @@ def test_an_end_that_a_retry_may_help_is_not_told(monkeypatch: pytest.MonkeyPatc
 def test_a_frozen_machine_0_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch's client waits for its answer without a limit."""
     released = threading.Event()
-    for name in ("_TELL_SECONDS", "_ANSWER_SECONDS", "_LAST_SECONDS"):
+    for name in ("_ANNOUNCE_SECONDS", "_ANSWER_SECONDS", "_LAST_SECONDS"):
         monkeypatch.setattr(early_end, name, 0.05)
     monkeypatch.setattr(early_end, "reach_store", lambda *_: released.wait(600))
     try:
@@ -165,11 +165,11 @@ def test_a_frozen_machine_0_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_nobody_is_told_for_longer_than_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     """Machine 0 may never come; a signal ends the waiting as well."""
-    monkeypatch.setattr(early_end, "_TELL_SECONDS", 0.2)
+    monkeypatch.setattr(early_end, "_ANNOUNCE_SECONDS", 0.2)
     assert end_early(1, free_port()) is WRONG
-    monkeypatch.setattr(early_end, "_TELL_SECONDS", 600)
+    monkeypatch.setattr(early_end, "_ANNOUNCE_SECONDS", 600)
     place = Machine(1, nodes=2, node_rank=0, rendezvous=f"localhost:{free_port()}")
-    with pytest.raises(SettingsError), publishing_early_end(lambda: (place, "r"), [15]):
+    with pytest.raises(SettingsError), announcing_early_end(lambda: (place, "r"), [15]):
         raise WRONG
 
 
@@ -184,7 +184,7 @@ def test_a_silent_store_delays_no_signal(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(early_end, "reach_store", silent)
     place = Machine(1, nodes=2, node_rank=1, rendezvous="localhost:1")
-    with pytest.raises(SettingsError), publishing_early_end(lambda: (place, "r"), received):
+    with pytest.raises(SettingsError), announcing_early_end(lambda: (place, "r"), received):
         raise WRONG
     ended.set()
     assert wait_for(lambda: in_time) == [True]
@@ -262,7 +262,7 @@ def test_invalid_settings_of_a_process_end_the_other(monkeypatch: pytest.MonkeyP
     assert isinstance(told, SettingsError)
     assert told.reported
     assert f"process {wrong}: JOB_TRAIN__LEARNING_RATE (environment): must be a number" in str(told)
-    assert time.monotonic() - began < early_end._TELL_SECONDS
+    assert time.monotonic() - began < early_end._ANNOUNCE_SECONDS
 
 
 def test_invalid_settings_of_a_process_are_told_in_torchruns_store(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,7 +292,7 @@ def test_a_process_with_an_impossible_rank_ends_the_others(
 
 def test_a_process_that_is_told_to_stop_tells_nobody_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torchrun stops the others when one has failed: they still log why they cannot take part."""
-    monkeypatch.setattr(early_end, "_TELL_SECONDS", 600)
+    monkeypatch.setattr(early_end, "_ANNOUNCE_SECONDS", 600)
     tell = early_end._report_end
 
     def stopped(*arguments: Any) -> None:

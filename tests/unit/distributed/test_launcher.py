@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from job.distributed import launcher, other_machines
-from job.distributed.common_exit_code import END, publish_end
+from job.distributed.common_exit_code import END, announce_end
 from job.distributed.launcher import Machine, check_signals, count_processes, launch, recorded_signals
 from job.distributed.other_machines import OtherMachines
 from job.distributed.ranks import Place, find_place
@@ -141,7 +141,7 @@ def test_a_killed_process_is_told_of(run: Run, tmp_path: Path, monkeypatch: pyte
     stores: list[Any] = []
     monkeypatch.setattr(launcher, "host_store", lambda *given: stores.append(host_store(*given)) or stores[0])
     told = tmp_path / "told"
-    monkeypatch.setattr(other_machines, "publish_end", lambda *given: (publish_end(*given), told.touch()))
+    monkeypatch.setattr(other_machines, "announce_end", lambda *given: (announce_end(*given), told.touch()))
     wait = f"while not os.path.exists({str(told)!r}): time.sleep(0.01)"
     with pytest.raises(Killed, match="process 1 was killed by SIGKILL; the machine may be out of memory") as caught:
         run(f"if rank: os.kill(os.getpid(), 9)\n{wait}\nsys.exit(75)")
@@ -305,7 +305,7 @@ def test_a_process_that_hangs_after_the_end_of_another_counts(run: Run) -> None:
         run("rank or time.sleep(100)", grace=0.5)
 
 
-@pytest.mark.parametrize("silent", ["reach_keyspace", "read_first_failure", "publish_end"])
+@pytest.mark.parametrize("silent", ["reach_keyspace", "read_first_failure", "announce_end"])
 def test_a_silent_store_delays_no_signal(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, silent: str
 ) -> None:
@@ -330,7 +330,7 @@ def test_a_silent_store_delays_no_signal(
         monkeypatch.setattr(other_machines, name, value)
     code = f"""
 signal.signal(15, lambda *_: (open(r'{told}', 'w'), sys.exit(69)))
-if rank == 3 and {silent == "publish_end"}: ready(), sys.exit(69)
+if rank == 3 and {silent == "announce_end"}: ready(), sys.exit(69)
 while not os.path.exists(r'{asked}'): time.sleep(0.01)
 ready(), time.sleep(100)
 """
@@ -349,7 +349,7 @@ def test_a_store_that_is_frozen_holds_no_launcher_up(monkeypatch: pytest.MonkeyP
     others = OtherMachines(1, 2, place, None, "r")
     try:
         assert not others.ended_elsewhere()
-        others.publish(0, 74, "it stalled")
+        others.announce_end(0, 74, "it stalled")
         assert others.agree_on_code(74, 0.05, 0.1) == 74
         others.close()
         wait_for(lambda: not any(one.name.startswith("ends of the machines") for one in threading.enumerate()))
@@ -398,11 +398,16 @@ def test_a_port_that_is_taken_is_worth_a_retry(run: Run) -> None:
 
 
 def test_how_many_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """One for each visible GPU; on a CPU one, or as many as are asked for; never more than there are GPUs."""
+    """One for each visible GPU; on CPUs one, or as many as are asked for; never more than GPUs, or than CPUs bear."""
     import torch
 
     assert count_processes("auto") == 1
     assert [count_processes(wanted) for wanted in (1, 3)] == [1, 3]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    with pytest.raises(SettingsError, match="17 is more than 16, the most for the 2 CPUs of a machine without GPUs"):
+        count_processes(17)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(24)))
+    assert count_processes(96) == 96
     monkeypatch.setattr(launcher, "_DRIVERS", (tmp_path,))
     assert count_processes("auto") == 1
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -11,26 +11,28 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 from torch.distributed import DistBackendError
 
-from job.distributed import process_group
-from job.distributed.common_exit_code import publish_end
+from job.distributed import heartbeat, process_group
+from job.distributed.common_exit_code import announce_end
+from job.distributed.heartbeat import HeartbeatMonitor
 from job.distributed.process_group import ProcessGroup
 from job.distributed.ranks import Place
 from job.distributed.rendezvous import connect_store, host_store, keyspace
-from job.errors import DataError, JobError, Killed, Preempted, Problem, TrainingFailed, Unreachable
+from job.errors import DataError, JobError, Killed, Preempted, Problem, Stalled, TrainingFailed, Unreachable
 from job.preemption.stop_flag import StopFlag
 from tests.waiting import wait_for
 
 T = TypeVar("T")
-GRACE = 60.0
+GRACE, STALL = 60.0, 600.0
 
 
 class Team:
     """Several processes on two machines, of two and of one."""
 
-    def __init__(self) -> None:
-        self.host = host_store(0)
+    def __init__(self, stall_seconds: float = STALL) -> None:
+        self.host, self.stall_seconds = host_store(0), stall_seconds
         self.stops = [StopFlag() for _ in range(3)]
         self.beats = [0, 0, 0]
         self.members = [self._member(rank) for rank in range(3)]
@@ -41,7 +43,9 @@ class Team:
 
         place = Place(rank, 3, rank % 2, 2 - rank // 2, "localhost", self.host.port, hosted=True)
         store = keyspace(connect_store(place), "run")
-        member = ProcessGroup(place, store, self.stops[rank], report_progress, grace_seconds=GRACE)
+        member = ProcessGroup(
+            place, store, self.stops[rank], report_progress, grace_seconds=GRACE, stall_seconds=self.stall_seconds
+        )
         member.watch_peers()
         return member
 
@@ -72,7 +76,7 @@ def test_all_get_what_the_first_found(team: Team) -> None:
     asked: list[int] = []
 
     def work(member: ProcessGroup) -> Any:
-        return member.share("value", lambda: asked.append(member.place.rank) or value)
+        return member.broadcast("value", lambda: asked.append(member.place.rank) or value)
 
     assert team.all(work) == [value] * 3
     assert asked == [0]
@@ -82,12 +86,12 @@ def test_all_get_what_the_first_found(team: Team) -> None:
 def test_what_is_large_arrives_too(team: Team) -> None:
     """The questions of a large evaluation are more than torch's store takes at once."""
     large = ["x" * 999] * 20_000
-    assert team.all(lambda member: member.share("large", lambda: large) == large) == [True] * 3
+    assert team.all(lambda member: member.broadcast("large", lambda: large) == large) == [True] * 3
 
 
 def test_each_machine_finds_for_itself(team: Team) -> None:
     """The first process of each machine looks, for those that are beside it."""
-    assert team.all(lambda member: member.share_on_machine("rank", lambda: member.place.rank)) == [0, 0, 2]
+    assert team.all(lambda member: member.broadcast_on_machine("rank", lambda: member.place.rank)) == [0, 0, 2]
 
 
 def test_gathering_keeps_the_order(team: Team) -> None:
@@ -124,7 +128,7 @@ def test_an_end_reaches_those_that_wait_and_those_that_work(team: Team) -> None:
     """Whoever waits for another one, or looks up from its work, ends with the same kind of error, and is told why."""
 
     def wait(member: ProcessGroup) -> None:
-        member.share("never", lambda: None if member.leads else "")
+        member.broadcast("never", lambda: None if member.leads else "")
         member.gather("never", 1)
 
     def work(member: ProcessGroup) -> None:
@@ -154,19 +158,20 @@ def test_a_bug_ends_the_others_as_a_bug(team: Team) -> None:
     """An error that is none of the job's has exit code 1 everywhere."""
     team.members[0].end(ZeroDivisionError())
     with pytest.raises(JobError, match="process 0: ZeroDivisionError") as caught:
-        team.members[1].share("x", lambda: None)
+        team.members[1].broadcast("x", lambda: None)
     assert caught.value.exit_code == 1
 
 
 def test_a_signal_ends_the_waiting(team: Team) -> None:
     """A process that has to stop does not wait for the others until it is killed."""
-    (_, waiting) = team.start(lambda _: None, lambda member: member.share("never", lambda: 0))
+    (_, waiting) = team.start(lambda _: None, lambda member: member.broadcast("never", lambda: 0))
     team.stops[1].request("SIGTERM", 10)
     assert isinstance(waiting.exception(timeout=60), Preempted)
 
 
 def test_waiting_is_progress_but_for_the_first(team: Team) -> None:
     """The watchdog of the others is fed; that of process 0 ends a wait of all for all."""
+    team.members[0].start_heartbeat()
     (leading, waiting) = team.start(lambda m: m.gather("x", 0), lambda m: m.gather("x", 1))
     wait_for(lambda: team.beats[1])
     team.members[2].gather("x", 2)
@@ -186,7 +191,7 @@ def test_the_first_one_goes_first(team: Team) -> None:
 
 def test_nobody_waits_for_a_first_one_that_died(team: Team) -> None:
     """When its launcher has told that process 0 is dead, the others go."""
-    publish_end(keyspace(team.host, "run"), 0, 75, "was killed by SIGKILL")
+    announce_end(keyspace(team.host, "run"), 0, 75, "was killed by SIGKILL")
     began = time.monotonic()
     team.members[1].leave()
     assert time.monotonic() - began < GRACE / 2
@@ -263,7 +268,7 @@ def test_an_end_is_noticed_while_gpus_connect(team: Team, monkeypatch: pytest.Mo
     monkeypatch.setattr(process_group, "CHECK_SECONDS", 0.05)
     released = threading.Event()
     monkeypatch.setattr("torch.distributed.all_reduce", lambda *_, **__: released.wait(600))
-    waiting = team.start(*[lambda member: member.start_add_up(OnGPU())] * 2)
+    waiting = team.start(*[lambda member: member.start_all_reduce(OnGPU())] * 2)
     team.members[2].end(DataError([Problem("row 3", "is empty")]))
     try:
         assert [type(future.exception(timeout=60)) for future in waiting] == [DataError, DataError]
@@ -282,7 +287,7 @@ def test_gpus_connect_once(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.distributed.all_reduce", exchange)
     monkeypatch.setattr("torch.distributed.all_gather_into_tensor", exchange)
     member = team.members[0]
-    member.start_add_up(OnGPU())()
+    member.start_all_reduce(OnGPU())()
     member.gather_into(None, OnGPU())()
     here = threading.current_thread()
     assert [thread is here for thread in threads] == [False, True, True]
@@ -296,46 +301,70 @@ def test_an_error_while_gpus_connect_is_raised(team: Team, monkeypatch: pytest.M
 
     monkeypatch.setattr("torch.distributed.all_reduce", fail)
     with pytest.raises(TrainingFailed, match="JOB_TRAIN__GPU_MEMORY_GB"):
-        team.members[1].start_add_up(OnGPU())
+        team.members[1].start_all_reduce(OnGPU())
 
 
-def test_the_others_are_not_alive_for_a_first_one_that_is_stopped(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waiting is progress as long as process 0 runs; once it is stopped, its own watchdog is, too."""
+@pytest.mark.parametrize("when", ["after a while", "before its heartbeat's thread has run", "before its heartbeat"])
+def test_a_first_one_that_is_stopped_ends_the_run(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """Every other process ends with 74 and names it, where it is, and how long it has not run; the log warns before."""
     monkeypatch.setattr(process_group, "CHECK_SECONDS", 0.05)
+    monkeypatch.setattr(heartbeat, "_WARN_SECONDS", 0.2)
+    monkeypatch.setattr(heartbeat, "_PAUSE_SECONDS", 0.02 if when == "after a while" else 600)
+    team = Team(stall_seconds=1.0)
     first = team.members[0]
-    first.beat()
-    team.start(lambda _: None, lambda member: member.share("value", lambda: 0))
-    wait_for(lambda: first._store.add("beat", 0) > 3)
-    before = team.beats[1]
-    wait_for(lambda: team.beats[1] > before)
-    first._left.set()  # as its threads stand still
+    if when != "before its heartbeat":
+        first.start_heartbeat()
+        assert first._store.add("beat", 0) > 0  # which the others need not wait for
+    with capture_logs() as lines:
+        _, second, third = team.start(lambda _: None, *[lambda member: member.broadcast("value", lambda: 0)] * 2)
+        if when == "after a while":
+            began = time.monotonic()
+            wait_for(lambda: time.monotonic() - began > 2 * team.stall_seconds)
+            assert not any(future.done() for future in (second, third))
+            first._heartbeat.stop()  # as its threads stand still
+        errors = [future.exception(timeout=60) for future in (second, third)]
+    for error in errors:
+        assert isinstance(error, Stalled)
+        assert "process 0 of this run, on localhost, has not run for 1 s (JOB_TRAIN__STALL_SECONDS)" in str(error)
+    warnings = [line for line in lines if line["event"].startswith("waiting for process 0, which is stopped")]
+    assert {line["log_level"] for line in warnings} == {"warning"}
+    assert all(0 <= line["at_most_seconds"] <= 1 for line in warnings)
 
-    def stands_still() -> bool:
-        count = team.beats[1]
-        time.sleep(0.3)
-        return team.beats[1] == count
 
-    wait_for(stands_still)
-    first.share("value", lambda: 0)
+def test_a_pause_of_all_processes_is_no_end_of_the_first(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when their machines are migrated: the clock has gone on, and each has stood still."""
+    now = [0.0]
+    monkeypatch.setattr(heartbeat, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monitor = HeartbeatMonitor(team.members[1].place, team.members[1]._store, STALL)
+    for _ in range(9):
+        now[0] += 2 * STALL
+        monitor.check()
+    now[0] += 2 * STALL
+    with pytest.raises(Stalled):
+        monitor.check()
 
 
 def test_a_first_one_that_cannot_show_that_it_runs_ends(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise the others would be ended by their watchdogs, as if it were stopped."""
+    """Otherwise the others would be ended, as if it were stopped."""
     monkeypatch.setattr(process_group, "CHECK_SECONDS", 0.05)
     monkeypatch.setattr(process_group, "REASON_SECONDS", 0.1)
+    monkeypatch.setattr(heartbeat, "_PAUSE_SECONDS", 0.02)
     first = team.members[0]
-    store = first._store
+    store, told = first._store, list[str]()
 
     class Silent:
         def __getattr__(self, name: str) -> Any:
             return getattr(store, name)
 
-        def add(self, *_: Any) -> int:
-            raise RuntimeError("timed out")
+        def add(self, key: str, amount: int) -> int:
+            told.append(key)
+            if len(told) > 1:
+                raise RuntimeError("timed out")
+            return int(store.add(key, amount))
 
-    monkeypatch.setattr(first, "_store", Silent())
-    first.beat()
-    wait_for(lambda: first._beat_error is not None)
+    monkeypatch.setattr(first._heartbeat, "_store", Silent())
+    first.start_heartbeat()
+    wait_for(lambda: first._heartbeat._error is not None)
     with pytest.raises(Killed, match="timed out"):
         first.check()
 
@@ -345,7 +374,7 @@ def test_gpus_connect_before_the_first_sum_of_any_kind(team: Team, monkeypatch: 
     monkeypatch.setattr(process_group, "CHECK_SECONDS", 0.05)
     released = threading.Event()
     monkeypatch.setattr("torch.distributed.all_reduce", lambda *_, **__: released.wait(600))
-    (waiting,) = team.start(lambda member: member.add_up(OnGPU()))
+    (waiting,) = team.start(lambda member: member.all_reduce(OnGPU()))
     team.members[2].end(DataError([Problem("row 3", "is empty")]))
     try:
         assert type(waiting.exception(timeout=60)) is DataError

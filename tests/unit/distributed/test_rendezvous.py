@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -13,7 +15,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from job.distributed import process_group, rendezvous
-from job.distributed.common_exit_code import publish_end
+from job.distributed.common_exit_code import announce_end
 from job.distributed.processes import ALONE, Processes
 from job.distributed.ranks import Place
 from job.distributed.rendezvous import connect_store, host_store, join, keyspace
@@ -52,13 +54,13 @@ def test_one_process_is_alone(place: Place | None) -> None:
     with joining(place) as processes:
         assert processes is ALONE
     assert ALONE.leads
-    assert ALONE.share("x", lambda: 1) == ALONE.share_on_machine("x", lambda: 1) == 1
+    assert ALONE.broadcast("x", lambda: 1) == ALONE.broadcast_on_machine("x", lambda: 1) == 1
     assert ALONE.gather("x", 2) == [2]
     ALONE.send("x")
     assert ALONE.receive() == []
     assert [ALONE.agree(repeat=repeat) for repeat in (True, False)] == [True, False]
     ALONE.check()
-    ALONE.add_up(None)
+    ALONE.all_reduce(None)
     assert not ALONE.stopping
 
 
@@ -161,7 +163,7 @@ def test_one_that_replaces_another_ends_for_its_reason() -> None:
     host = host_store(0)
     store = keyspace(host, "run")
     store.add("here#1", 1)
-    publish_end(store, 1, Preempted.exit_code, "SIGTERM")
+    announce_end(store, 1, Preempted.exit_code, "SIGTERM")
     error = fail(Place(1, 2, host="localhost", port=host.port, hosted=True), machine_checks=detect(POD).machine_checks)
     assert isinstance(error, Preempted)
 
@@ -170,7 +172,7 @@ def test_one_that_replaces_another_ends_for_its_reason() -> None:
 def test_on_kubernetes_wrong_settings_of_another_process_end_the_waiting(timeout_seconds: float) -> None:
     """The code that says that no retry helps is kept: it is not this machine that is at fault, or was late."""
     host = host_store(0)
-    publish_end(keyspace(host, "run"), 0, SettingsError.exit_code, "JOB_TRAIN__EPOCHS: is wrong")
+    announce_end(keyspace(host, "run"), 0, SettingsError.exit_code, "JOB_TRAIN__EPOCHS: is wrong")
     place = Place(1, 2, host="localhost", port=host.port, hosted=True)
     error = fail(place, timeout_seconds=timeout_seconds, machine_checks=detect(POD).machine_checks)
     assert isinstance(error, SettingsError)
@@ -198,6 +200,50 @@ def test_a_signal_ends_the_waiting(come: str) -> None:
         assert not future.done()
         stop.request("SIGTERM", 10)
         assert isinstance(future.result(timeout=60), Preempted)
+
+
+@pytest.fixture
+def frozen() -> Iterator[Place]:
+    """A place whose store accepts connections and never answers, like that of a machine that stands still."""
+    with socket.create_server(("localhost", 0)) as listener:
+        yield Place(1, 2, host="localhost", port=listener.getsockname()[1], hosted=True)
+
+
+def test_a_frozen_machine_is_named(frozen: Place) -> None:
+    """With its address, after the timeout; torch's client alone would wait without a limit."""
+    error = fail(frozen, timeout_seconds=1)
+    assert isinstance(error, Unreachable)
+    what = f"process 0 of this run cannot be reached at localhost:{frozen.port}: no answer"
+    assert str(error) == f"{what}; waited for 1 s (JOB_TRAIN__STALL_SECONDS)"
+
+
+def test_a_signal_ends_the_waiting_for_a_frozen_machine(frozen: Place) -> None:
+    """It is noticed although torch's client waits."""
+    stop = StopFlag()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(fail, frozen, stop=stop, timeout_seconds=60)
+        time.sleep(1)
+        assert not future.done()
+        stop.request("SIGTERM", 10)
+        assert isinstance(future.result(timeout=30), Preempted)
+
+
+def test_a_frozen_machine_that_is_replaced_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its address leads to another one then: a connection that gets no answer is given up."""
+    host, asked = host_store(0), list[float]()
+
+    def reach(place: Place, seconds: float) -> Any:
+        asked.append(seconds)
+        if len(asked) == 1:
+            time.sleep(3)
+            raise TimeoutError
+        return connect_store(place, seconds)
+
+    monkeypatch.setattr(rendezvous, "_ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(rendezvous, "reach_store", reach)
+    keyspace(host, "run").add("here#0", 1)
+    error = fail(Place(1, 3, host="localhost", port=host.port, hosted=True), timeout_seconds=2)
+    assert "of 3 processes, these did not connect: 2; waited for 2 s (JOB_TRAIN__STALL_SECONDS)" in str(error)
 
 
 def test_an_error_before_all_have_come_is_told_to_those_that_have() -> None:

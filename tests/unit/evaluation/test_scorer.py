@@ -177,6 +177,17 @@ def test_damaged_scores_are_computed_again(model: Any, tmp_path: Path, damage: b
     assert calls == [0, 1]
 
 
+def test_files_of_other_programs_beside_scores_are_left_alone(model: Any, tmp_path: Path) -> None:
+    """Also those whose names are no keys of a store, which reading them by name would end in an error."""
+    store, calls = LocalStore(tmp_path), []
+    first = score_questions(model, QUESTIONS, 1, cache=ScoreCache(store, "scores", "one", {}))
+    (key,) = [info.key for info in store.list("scores/")]
+    (tmp_path / key).with_name("we\\ird.jsonl").write_text("{}\n")
+    cache = ScoreCache(store, "scores", "one", {})
+    assert score_questions(model, QUESTIONS, 1, cache=cache, score=counted(calls)) == first
+    assert calls == []
+
+
 class Peers:
     """Two processes as the first of them sees them; the second has answered before it is asked."""
 
@@ -185,7 +196,7 @@ class Peers:
     def __init__(self, answers: list[Any]) -> None:
         self.answers, self.shared = answers, []
 
-    def share(self, _what: str, value: Callable[[], Any]) -> Any:
+    def broadcast(self, _what: str, value: Callable[[], Any]) -> Any:
         """Notes what process 0 tells the other."""
         self.shared.append(value())
         return self.shared[-1]
@@ -203,7 +214,7 @@ class Helper:
     def __init__(self, told: list[str]) -> None:
         self.told, self.sent = [*told, ""], []
 
-    def share(self, _what: str, _value: Callable[[], Any]) -> Any:
+    def broadcast(self, _what: str, _value: Callable[[], Any]) -> Any:
         """What process 0 tells."""
         return self.told.pop(0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -176,6 +177,33 @@ def test_a_model_whose_own_code_fails_is_refused_in_words(base_folder: Path, mon
         SettingsError, match="MistralForCausalLM fails on a plain sequence of text: IndexError: index 7"
     ):
         check(model)
+
+
+@pytest.mark.parametrize("after", [0, 3, 5])
+@pytest.mark.parametrize(
+    "says",
+    [
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to ...",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_too_little_memory_is_no_verdict_on_the_model(
+    base_folder: Path, monkeypatch: pytest.MonkeyPatch, says: str, after: int
+) -> None:
+    """Torch raises a RuntimeError for it. It is neither the settings' fault, nor one of packed sequences."""
+    model = make_model(base_folder)
+    forward, calls = type(model.get_base_model()).forward, list[int]()
+
+    def full(self: Any, *args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) > after:
+            raise RuntimeError(says)
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(type(model.get_base_model()), "forward", full)
+    with pytest.raises(RuntimeError, match=re.escape(says)):
+        check(model)
+    assert len(calls) == after + 1
 
 
 @pytest.mark.parametrize("lengths", [[2], [2, 3], [1, 2, 3, 4], [60]])

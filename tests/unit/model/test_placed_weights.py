@@ -171,13 +171,13 @@ class Threads:
         assert [part.numel() for part in parts] == received_sizes
         received.copy_(torch.cat(parts))
 
-    def add_up(self, tensor: torch.Tensor) -> None:
+    def all_reduce(self, tensor: torch.Tensor) -> None:
         """Sums in the order of the ranks."""
         tensor.copy_(torch.stack(self._posted(tensor.clone())).sum(0))
 
-    def start_add_up(self, tensor: torch.Tensor) -> Callable[[], None]:
+    def start_all_reduce(self, tensor: torch.Tensor) -> Callable[[], None]:
         """Sums at once."""
-        self.add_up(tensor)
+        self.all_reduce(tensor)
         return lambda: None
 
     def agree(self, *, repeat: bool) -> bool:

@@ -301,7 +301,7 @@ def test_figures_say_what_they_rest_on() -> None:
 def test_a_warmup_that_takes_all_steps_is_noted(warmup: int, noted: bool) -> None:  # noqa: FBT001
     """The rate of the last step is the peak if one step less warms up."""
     note = {figure.name: figure.note for figure in estimates(replace(RUN, warmup_steps=warmup))}["optimizer steps"]
-    assert ("the learning rate never reaches its peak" in note) == noted
+    assert ("the learning rate never reaches its peak; set JOB_TRAIN__WARMUP_RATIO=0.1" in note) == noted
 
 
 def test_the_figures_are_the_formulas() -> None:
@@ -775,6 +775,15 @@ def test_a_machine_that_may_lack_main_memory_is_not_recommended() -> None:
     assert "fastest: L4," in text
     assert re.search(r"^X .* yes, with 41\.1 GiB of main memory ", text, re.MULTILINE)
     assert "cheapest" not in as_table(Plan("a run", CHECKED, (), (unknown,), None, ()))
+
+
+def test_a_long_note_of_a_gpu_is_folded() -> None:
+    """Under its beginning, like all other text of the plan, so that a terminal does not break it anywhere."""
+    noted = replace(forecast_gpu(BY_NAME["L4"], RUN, REFERENCE), name="T4", note="slow " * 40)
+    lines = as_table(Plan("a run", CHECKED, (), (noted,), None, ())).splitlines()
+    first = lines.index(next(line for line in lines if line.startswith("T4: ")))
+    assert lines[first + 1].startswith("    slow")
+    assert max(map(len, lines[first : first + 2])) <= 118
 
 
 def test_results_in_a_folder_take_disk() -> None:

@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from job.cli.main import main
 from job.errors import AccessDenied, DataError, SettingsError, Unreachable
 from job.planning import plan as plan_module
-from job.planning.input_checks import check_run_inputs, place_of_run
+from job.planning.input_checks import check_run_inputs
 from job.planning.plan import Plan, PreflightResult, make_plan
+from job.planning.plan_settings import place_of_run
 from job.planning.plan_text import as_json, as_table
 from job.planning.run_shape import _placements
 from job.settings.load import Settings, load_settings
@@ -271,7 +272,7 @@ def test_exports_are_planned(given: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """Bytes of every format by its own bits, and a note on a file that is larger than the hub takes."""
     for name, value in {"FORMATS": "adapter:fp16,merged,fp8,gguf:q8_0,gguf:q4_0", "HUB": "me/model"}.items():
         monkeypatch.setenv(f"JOB_EXPORT__{name}", value)
-    monkeypatch.setattr("job.planning.input_checks.targets", lambda _: ())
+    monkeypatch.setattr("job.planning.other_input_checks.targets", lambda _: ())
     plan = make_plan(load_settings([]))
     assert not [check for check in plan.checks if check.name == "hub"]
     figures = {figure.name: figure for figure in plan.figures}

@@ -13,7 +13,7 @@ from job.errors import AccessDenied, DataError, JobError, Preempted, SettingsErr
 from job.model.adapter_files import save_adapter
 from job.model.published_names import PublishedNames
 from job.planning import preflight_models
-from job.planning.input_checks import check_other_inputs
+from job.planning.other_input_checks import check_other_inputs
 from job.planning.preflight import NotChecked, PreflightResult, run_check
 from job.planning.preflight_models import ModelFacts, preview_judge, preview_safety_model
 from job.planning.preflight_store import local_round_trip, round_trip

@@ -59,6 +59,11 @@ def test_what_is_not_as_fast_as_can_be_is_said(tmp_path: Path, family: str, says
         (lambda folder: (folder / "config.json").write_text("[" * 10**5), DataError, "no config.json that can be read"),
         (lambda folder: (folder / "config.json").unlink(), DataError, "no config.json"),
         (lambda folder: (folder / "model.safetensors").unlink(), DataError, "no weights in safetensors"),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(bytes(100)),
+            DataError,
+            r"model\.safetensors is no whole safetensors file",
+        ),
         (shutil.rmtree, DataError, "does not exist"),
     ],
 )
@@ -80,6 +85,70 @@ def test_a_model_of_another_kind_is_a_note(base_folder: Path, tmp_path: Path) ->
     state, what, model = preview_model(str(folder), None, folder=tmp_path, **HERE)
     assert (state, model.architecture) == ("note", None)
     assert "gpt2 models are not known" in what
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        # As google/gemma-3-4b-it has it: the rest are the defaults of its class.
+        (
+            {
+                "model_type": "gemma3",
+                "text_config": {
+                    "model_type": "gemma3_text",
+                    "hidden_size": 2560,
+                    "intermediate_size": 10240,
+                    "num_hidden_layers": 34,
+                    "sliding_window": 1024,
+                },
+                "vision_config": {"model_type": "siglip_vision_model"},
+            },
+            {"heads": 8, "kv_heads": 4, "head_size": 256, "vocabulary": 262208, "tied": True},
+        ),
+        ({"model_type": "mistral", "hidden_size": 4096, "num_attention_heads": 32}, {"kv_heads": 8}),
+        ({"model_type": "llama", "hidden_size": 4096, "num_attention_heads": 32}, {"kv_heads": 32}),
+        ({"model_type": "qwen3", "hidden_size": 2560, "num_attention_heads": 32}, {"head_size": 128}),
+    ],
+)
+def test_what_a_configuration_leaves_out_has_the_default_of_its_family(
+    tmp_path: Path, config: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    """As the run will build it: a forecast for other sizes than the run's would be wrong without a word."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").touch()
+    state, what, model = preview_model(str(tmp_path), None, folder=tmp_path, **HERE)
+    assert state == "ok", what
+    assert {name: getattr(model.architecture, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("change", [{"rope_parameters": "x"}, {"num_hidden_layers": "three"}, {"hidden_act": 5}])
+def test_a_configuration_of_other_types_is_refused_by_the_plan(
+    base_folder: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """With the run's error: no field of the wrong type ends the plan in a traceback."""
+    folder = Path(shutil.copytree(base_folder, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | change))
+    state, what, model = preview_model(str(folder), None, folder=tmp_path, **HERE)
+    assert (state, model.architecture) == ("note", None), what
+    with pytest.raises(DataError, match="does not describe a model"):
+        preview_adapter(model, None, quantization="none", max_length=64)
+
+
+def test_files_with_too_few_weights_are_refused_by_the_plan(base_folder: Path, tmp_path: Path) -> None:
+    """Of a model that is here, as the run does when it loads them; and files that are cut."""
+    folder = Path(shutil.copytree(base_folder, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 30}))
+    _, _, model = preview_model(str(folder), None, folder=tmp_path, **HERE)
+    with pytest.raises(DataError, match=r"describes [\d,]+ weights, and its files hold"):
+        preview_adapter(model, None, quantization="none", max_length=64)
+    (folder / "config.json").write_text(json.dumps(config))
+    preview_adapter(model, None, quantization="none", max_length=64)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    with pytest.raises(DataError, match=f"{folder}"):
+        preview_adapter(model, None, quantization="none", max_length=64)
 
 
 def test_the_audit_is_told_with_languages_and_lengths(tmp_path: Path, tokenizer: Any) -> None:
@@ -140,7 +209,7 @@ def test_a_hub_model_may_be_in_the_cache(base_folder: Path, tmp_path: Path, monk
     assert (state, model.folder, model.download_bytes) == ("ok", base_folder, None)
     assert "the hub cannot be reached" in what
     monkeypatch.setattr(preflight_models, "cached_model", lambda *_: None)
-    with pytest.raises(NotChecked, match="not in the cache"):
+    with pytest.raises(NotChecked, match="some/model is no folder here and not in the cache"):
         preview_model("some/model", None, folder=tmp_path, **HERE)
 
 

@@ -108,12 +108,24 @@ def test_an_empty_job_name_is_none() -> None:
         "JOB_TRACKER_PORT",
         "JOB_TRACKER_PORT_443_TCP",
         "JOB_TRACKER_PORT_443_TCP_ADDR",
+        "JOB_TRACKER_PORT_443_TCP_PORT",
+        "JOB_METRICS_PORT",
     ],
 )
 def test_what_kubernetes_sets_by_itself_is_known(variable: str) -> None:
     """Links to Services whose names begin with "job" are no settings; only in a pod."""
-    assert Platform(name="kubernetes").sets(variable)
-    assert not Platform(name="docker").sets(variable)
+    address = "tcp://10.0.0.1:443"
+    assert Platform(name="kubernetes").sets(variable, "443" if variable.endswith("_PORT_443_TCP_PORT") else address)
+    assert not Platform(name="docker").sets(variable, address)
+
+
+@pytest.mark.parametrize("variable", ["JOB_METRICS_PORT", "JOB_PORT"])
+def test_a_number_is_no_services_address(variable: str) -> None:
+    """Where JOB_METRICS__PORT is meant, a run in a pod would otherwise have no metrics, without a word."""
+    pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+    assert load_settings([], {**pod, variable: "tcp://10.0.0.7:9464"}).metrics.port is None
+    with pytest.raises(SettingsError, match=f"{variable}: is not a setting"):
+        load_settings([], {**pod, variable: "9464"})
 
 
 @pytest.mark.parametrize("variable", ["JOB_TRAIN__EPOCS", "JOB_TYPO", "JOB_NAMES", "JOB_STORAGE__PORTS", "JOB_EXPORT"])

@@ -178,7 +178,7 @@ class TestSignals:
             assert process.wait(50) == 75
             (line,) = map(json.loads, process.stderr.readlines())
             assert line["event"].startswith(f"a second signal ({second.name}) ends the process at once, without saving")
-            assert "start the run again with the same id: it goes on after its last checkpoint" in line["event"]
+            assert "start the run again with its JOB_RUN__ID: it goes on after its last checkpoint" in line["event"]
             assert (line["run"], line["exit_code"], line["level"]) == ("one", 75, "warning")
 
     def test_one_process_of_several_says_it(

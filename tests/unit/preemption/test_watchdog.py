@@ -76,6 +76,21 @@ def test_a_library_that_holds_the_interpreter_is_ended_too() -> None:
     assert "Timeout" in done.stderr
 
 
+def test_a_process_that_can_start_no_more_threads_is_ended_too() -> None:
+    """Memory or the number of threads is used up: often why it hangs. faulthandler cannot be armed again then."""
+    done = run(
+        "def refuse(*_, **__): raise RuntimeError('unable to start watchdog thread')\n"
+        "with job.preemption.watchdog.watch(stall, told):\n"
+        "    faulthandler.dump_traceback_later = refuse\n"
+        '    def start(_): raise RuntimeError("can\'t start new thread")\n'
+        "    threading.Thread.start = start\n"
+        "    where_it_hangs()\n"
+    )
+    assert done.returncode == 74
+    assert "no progress for 0.5 s" in done.stderr
+    assert "in where_it_hangs" in done.stderr
+
+
 def test_it_watches_before_its_thread_has_run() -> None:
     """The first thing that is watched may hold the interpreter: there is no time to arm faulthandler in a thread."""
     first = "import threading\nthreading.Thread.start = threading.Thread.join = lambda *_: None\n"

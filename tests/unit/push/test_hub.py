@@ -17,8 +17,10 @@ from huggingface_hub.utils import get_session
 from job.cli.push import push_command
 from job.common.hashing import sealed
 from job.errors import AccessDenied, DataError, GateError, JobError, SettingsError, Unreachable, VerificationError
-from job.push.hub import HubTarget
+from job.push.files import PushFile
+from job.push.hub import HubTarget, _groups
 from job.push.push import check_targets, push_run, recorded
+from job.records import Artifact
 from job.results.completed import read_complete
 from job.results.delivery import model_path
 from job.results.reader import read_published
@@ -73,6 +75,38 @@ def test_copies_of_files_are_made_in_the_cache_alone(
         push_run(run, results, [HubTarget(REPO)], cache=str(cache))
         assert read_complete(run, str(cache)) == results
     assert not list(cache.iterdir())
+
+
+def test_copies_of_uploaded_files_are_removed(hub: Hub, run: LocalStore, tmp_path: Path) -> None:
+    """When the commit is made, only the small files that go with it are on the disk."""
+    left: set[str] = set()
+
+    def look() -> None:
+        left.update(path.name for path in (tmp_path / "cache").rglob("[!.]*") if path.is_file())
+
+    hub.before_commit = look
+    push_run(run, read_published(run).results, [HubTarget(REPO)], cache=str(tmp_path / "cache"))
+    assert left == {"config.json"}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "groups"),
+    [
+        ([], []),
+        ([4, 6, 1], [[4, 6], [1]]),  # exactly the limit is one group
+        ([5, 6], [[5], [6]]),
+        ([1, 11, 2, 3], [[1], [11], [2, 3]]),  # one that is larger is alone
+        ([11, 12], [[11], [12]]),
+        ([10, 1, 9, 1], [[10], [1, 9], [1]]),
+    ],
+)
+def test_files_that_are_on_the_disk_at_once(
+    sizes: list[int], groups: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In order, as many as fit into the limit, which is 10 bytes here."""
+    monkeypatch.setattr("job.push.hub._UPLOADED_TOGETHER", 10)
+    files = tuple(PushFile(Artifact(str(at), size, "0" * 64), str(at)) for at, size in enumerate(sizes))
+    assert [[file.bytes for file in group] for group in _groups(files)] == groups
 
 
 def expected(store: LocalStore) -> dict[str, bytes]:

@@ -43,10 +43,10 @@ def built(**changes: Any) -> dict[str, Any]:
         {"arc_easy": scores("arc_easy", before, before)}, {"arc_easy": scores("arc_easy", after, after)}
     )
     given_facts = {
-        "run_id": "a-run",
+        "run": manifest.RunSection(
+            id="a-run", attempts=[killed, replace(attempt, number=2)], finished="2026-01-05T09:10:00Z"
+        ),
         "settings": {"run.seed": {"value": 0, "source": "default"}},
-        "attempts": [killed, replace(attempt, number=2)],
-        "finished": "2026-01-05T09:10:00Z",
         "model": ModelRecord(
             id="m",
             revision=None,
@@ -60,7 +60,7 @@ def built(**changes: Any) -> dict[str, Any]:
         ),
         "dataset": DatasetRecord("d", None, None, "alpaca", 80, {"empty": 2}, HASH, 900, 800, 60),
         "training": TrainingRecord(6, 80, 800, 1.5, 10.0, 80.0, 10**9, "adamw_8bit", 32, 1024, []),
-        "tasks": tasks,
+        "evaluation": manifest.EvaluationSection(tasks=tasks),
         "gate": comparison.evaluate_gate(tasks, metric="acc", min_delta=None, max_regression=None),
         "artifacts": [Artifact("b", 1, HASH), Artifact("a", 2, HASH, HASH)],
         "evidence": [Artifact("settings.json", 3, HASH), Artifact("attempts/0001.json", 4, HASH)],

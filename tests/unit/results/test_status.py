@@ -77,7 +77,7 @@ def save(folder: Path, step: int) -> None:
     files = folder.with_name(f"files-{step}")
     files.mkdir()
     (files / "adapter.safetensors").write_bytes(b"weights")
-    checkpoint_store.publish(LocalStore(folder), files, step, checkpoint_store.MarkerFields(1, 1, {}))
+    checkpoint_store.commit(LocalStore(folder), files, step, checkpoint_store.MarkerFields(1, 1, {}))
 
 
 def seen(folder: Path, seconds: float = 1.0) -> RunStatus:
@@ -367,6 +367,17 @@ def test_where_the_next_attempt_goes_on(tmp_path: Path) -> None:
         LocalStore(run).write("stages/train.json", b"{}")
         assert "goes on after stage train" in "\n".join(as_lines(seen(run)))
         assert seen(run).resume == Resume("train", None, 0)
+
+
+def test_who_may_resume_a_run_is_told_its_id(tmp_path: Path) -> None:
+    """A generated id is nowhere in the command that was typed; a run that goes on needs no start."""
+    run = tmp_path / "run"
+    with attempt_at(run, killed=True):
+        pass
+    words = "the same command with JOB_RUN__ID=run"
+    for state, told in (("killed", True), ("preempted", True), ("running", False), ("stalled", False)):
+        assert (words in "\n".join(as_lines(replace(seen(run), state=state)))) == told
+    assert words not in "\n".join(as_lines(replace(seen(run), state="killed", exported_run="another")))
 
 
 @pytest.mark.parametrize(

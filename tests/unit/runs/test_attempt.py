@@ -31,7 +31,7 @@ from job.runs.layout import Stage, attempt_key, stage_key
 from job.runs.lease import fenced, take
 from job.runs.open_attempt import TakeOver, open_attempt
 from job.runs.run_log import IdleLimit, close_run_log, idle_pause, parse_record, read_run_log
-from job.runs.run_settings import keep_settings
+from job.runs.run_settings import write_settings
 from job.storage.base import CHANGES, MAX_READ_BYTES, write_in_turn
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
@@ -111,7 +111,7 @@ def test_copying_a_run_is_progress_if_more_files_are_there(
 
 def test_a_run_that_began_meanwhile_is_not_copied_over(store: LocalStore) -> None:
     """By an attempt with other formats: what that one took over would not be its own any more."""
-    keep_settings(store, SETTINGS | {"export.formats": ["merged"]})
+    write_settings(store, SETTINGS | {"export.formats": ["merged"]})
     given = TakeOver(SETTINGS | {"export.formats": ["fp8"]}, 3, lambda *_, **__: pytest.fail("it was copied"))
     how: dict[str, Any] = {"cache": None, "stop": StopFlag(), "report_progress": lambda: None, "faults": arm((), store)}
     with (
@@ -140,12 +140,30 @@ def test_a_stage_is_done_if_all_is_there(tmp_path: Path, change: str, *, done: b
     attempt = make_attempt(tmp_path)
     (tmp_path / "file").write_bytes(b"weights")
     published = Uploaded([attempt.publish(tmp_path / "file", "artifacts/weights")])
-    attempt.keep(Stage.TRAIN, json.dumps(asdict(published)))
+    attempt.write_record(Stage.TRAIN, json.dumps(asdict(published)))
     if change == "damage":
         attempt.store.write("artifacts/weights", b"WEIGHTS")
     elif change:
         attempt.store.delete("artifacts/weights" if change == "remove" else stage_key(Stage.TRAIN))
     assert attempt.is_done(Stage.TRAIN, Uploaded) is done
+
+
+def test_what_a_stage_published_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that resumes after training asks before it loads the model, and again when it comes to the stage."""
+    attempt, downloaded = make_attempt(tmp_path), list[str]()
+    (tmp_path / "file").write_bytes(b"weights")
+    published = Uploaded([attempt.publish(tmp_path / "file", "artifacts/weights")])
+    attempt.write_record(Stage.TRAIN, json.dumps(asdict(published)))
+    download = attempt.store.download
+
+    def counted(key: str, path: Path, **options: Any) -> None:
+        downloaded.append(key)
+        download(key, path, **options)
+
+    monkeypatch.setattr(attempt.store, "download", counted)
+    assert attempt.is_done(Stage.TRAIN, Uploaded)
+    assert attempt.stage(Stage.TRAIN, Uploaded, lambda: pytest.fail("it was done again")) == published
+    assert downloaded == ["artifacts/weights"]
 
 
 def noted_of(store: LocalStore, number: int) -> dict[str, Any]:
@@ -534,7 +552,7 @@ def test_a_record_of_another_stage_does_not_count(store: LocalStore, tmp_path: P
     first.identify(PULLED)
     work = Work(first, tmp_path / "file")
     found = first.stage(Stage.EVALUATE_BASE, Evaluated, work)
-    first.keep("evaluate-adapter", json.dumps(asdict(replace(found, scores={}))))
+    first.write_record("evaluate-adapter", json.dumps(asdict(replace(found, scores={}))))
     other = store.read("stages/evaluate-adapter.json")
     assert other is not None
     store.write("stages/evaluate-base.json", other.data)
@@ -584,7 +602,7 @@ def test_a_run_of_an_earlier_version_keeps_its_stages(store: LocalStore, tmp_pat
 
     with attempt_with(SETTINGS) as first:
         first.identify(PULLED)
-        keep_settings(first.store, first.settings)
+        write_settings(first.store, first.settings)
         first.stage(Stage.PULL, Pulled, lambda: PULLED)
     with attempt_with({**SETTINGS, "train.noise": 0}) as second:
         second.identify(PULLED)
@@ -648,7 +666,7 @@ def test_a_late_record_changes_nothing(store: LocalStore, tmp_path: Path, record
     left: dict[str, bytes] = {}
 
     def publish_marker(attempt: Attempt) -> None:
-        checkpoint_store.publish(
+        checkpoint_store.commit(
             attempt.store, tmp_path / "files", 4, checkpoint_store.MarkerFields(attempt.number, 1, {})
         )
 
@@ -658,7 +676,7 @@ def test_a_late_record_changes_nothing(store: LocalStore, tmp_path: Path, record
         new.number = 2
         new.note("running")
         close_run_log(new.store, 2, new.started)
-        new.keep("train", '{"by": "new"}')
+        new.write_record("train", '{"by": "new"}')
         publish_marker(new)
         (tmp_path / "new").write_bytes(b"the new one's times")
         new.publish(tmp_path / "new", "artifacts/metrics.jsonl")
@@ -669,7 +687,7 @@ def test_a_late_record_changes_nothing(store: LocalStore, tmp_path: Path, record
     late: dict[str, Callable[[], object]] = {
         "the first note": lambda: old.note("running"),
         "a later note": lambda: old.note("running"),
-        "a stage": lambda: old.keep("train", '{"by": "old"}'),
+        "a stage": lambda: old.write_record("train", '{"by": "old"}'),
         "a marker": lambda: publish_marker(old),
         "the manifest": lambda: write_in_turn(old.store, "results.json", b"old", None),
         "a file": lambda: old.publish(tmp_path / "old", "artifacts/metrics.jsonl"),

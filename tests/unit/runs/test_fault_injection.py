@@ -35,7 +35,7 @@ def publish(store: LocalStore, folder: Path, step: int) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "adapter.safetensors").write_bytes(b"weights" * 100)
     (folder / "progress.json").write_text(f'{{"step": {step}}}')
-    checkpoint_store.publish(store, folder, step, checkpoint_store.MarkerFields(1, 1, {}))
+    checkpoint_store.commit(store, folder, step, checkpoint_store.MarkerFields(1, 1, {}))
 
 
 class TestParse:

@@ -14,7 +14,7 @@ from job.distributed.ranks import Place
 from job.errors import SettingsError, environment_name
 from job.records import Pulled
 from job.runs import stage_records
-from job.runs.run_settings import agree_on_settings, compare_settings, keep_settings, parse_settings
+from job.runs.run_settings import agree_on_settings, compare_settings, parse_settings, write_settings
 from job.settings.affects_result import common_settings
 from job.settings.load import Settings, plain_values
 from job.storage.base import MAX_READ_BYTES
@@ -28,12 +28,12 @@ def test_a_run_is_one_experiment(tmp_path: Path) -> None:
     """Settings that decide the result may not change between attempts; the error names both values."""
     store = LocalStore(tmp_path)
     compare_settings(store, {"train.epochs": 9})  # nobody has begun yet
-    keep_settings(store, SETTINGS)
+    write_settings(store, SETTINGS)
     compare_settings(store, dict(SETTINGS))
     with pytest.raises(SettingsError, match=r"JOB_TRAIN__EPOCHS: this run began with 2, not 3"):
         compare_settings(store, {"train.epochs": 3})
     with pytest.raises(SettingsError, match=r"JOB_TRAIN__EPOCHS"):
-        keep_settings(store, {"train.epochs": 3})
+        write_settings(store, {"train.epochs": 3})
 
 
 class Second(Alone):
@@ -45,7 +45,7 @@ class Second(Alone):
     def __init__(self, first: dict[str, object]) -> None:
         self.first = first
 
-    def share(self, what: str, value: Callable[[], Any]) -> Any:
+    def broadcast(self, what: str, value: Callable[[], Any]) -> Any:
         """What process 0 found."""
         return self.first
 
@@ -100,14 +100,14 @@ def settings_blown_up(store: LocalStore) -> None:
 def test_without_its_settings_the_stages_decide(tmp_path: Path, damage: Callable[[LocalStore], None]) -> None:
     """A run whose settings are gone or damaged goes on with those that its stages were done with, and no others."""
     store = LocalStore(tmp_path)
-    keep_settings(store, SETTINGS)
+    write_settings(store, SETTINGS)
     record = TypeAdapter(Pulled).dump_json(PULLED).decode()
     store.write(
         "stages/pull.json",
         stage_records.render("stages/pull.json", record, stage_records.fingerprint(SETTINGS, PULLED)),
     )
     damage(store)
-    for ask in (compare_settings, keep_settings):
+    for ask in (compare_settings, write_settings):
         if ask is compare_settings:
             with pytest.raises(SettingsError, match=r"settings\.json: is missing or damaged.*JOB_RUN__ID"):
                 ask(store, {"train.epochs": 3})
@@ -121,7 +121,7 @@ def test_settings_of_an_earlier_version_are_read(tmp_path: Path) -> None:
     """A run that was begun before settings carried a seal goes on, and stays one experiment."""
     store = LocalStore(tmp_path)
     store.write("settings.json", b'{"train.epochs": 2}')
-    keep_settings(store, SETTINGS)
+    write_settings(store, SETTINGS)
     with pytest.raises(SettingsError, match="began with 2"):
         compare_settings(store, {"train.epochs": 3})
 
@@ -129,7 +129,7 @@ def test_settings_of_an_earlier_version_are_read(tmp_path: Path) -> None:
 def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     """A setting that it did not know is left out, in the run's name too, while it has its default; else refused."""
     store = LocalStore(tmp_path)
-    keep_settings(store, SETTINGS)
+    write_settings(store, SETTINGS)
     record = TypeAdapter(Pulled).dump_json(PULLED).decode()
     store.write(
         "stages/pull.json",
@@ -147,6 +147,6 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
 def test_a_setting_that_is_gone_is_held_against_the_run(tmp_path: Path) -> None:
     """A run whose settings name one that this version lacks is refused: nobody knows what it would have done."""
     store = LocalStore(tmp_path)
-    keep_settings(store, {**SETTINGS, "train.magic": 3})
+    write_settings(store, {**SETTINGS, "train.magic": 3})
     with pytest.raises(SettingsError, match=r"JOB_TRAIN__MAGIC: this run began with 3, not None"):
         compare_settings(store, SETTINGS)

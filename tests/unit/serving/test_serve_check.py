@@ -11,16 +11,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from job.errors import AccessDenied, SettingsError, Unreachable, VerificationError
 from job.evaluation.samples import Sample
-from job.records import NEAR, ServeCheck
+from job.records import NEAR, Asked, ServeCheck
 from job.serving.check import Served, as_json, as_lines, require_alike, serve_check
 from job.serving.client import Client
-from job.serving.servers import SERVERS, Model, installed_server, running_server, server_kind
+from job.serving.servers import (
+    SERVERS,
+    WAYS,
+    Answer,
+    Model,
+    installed_server,
+    model_name,
+    running_server,
+    server_kind,
+)
 from tests.unit.storage.test_hub import serving
 
 CHOICES = ("Sorrowby", "Gulholm", "Dunmarsh")
@@ -273,3 +283,200 @@ def test_the_extra_has_what_transformers_serve_imports() -> None:
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
     extra = {re.match(r"[\w-]+", name)[0] for name in project["optional-dependencies"]["export"]}  # type: ignore[index]
     assert {need for server in SERVERS.values() for need in server.needs} <= extra
+
+
+def checked(*asked: Asked, way: str = "echo", tokens_per_second: float | None = 87.54) -> ServeCheck:
+    """A result of these questions."""
+    return ServeCheck("vllm", way, "merged", asked, 1.26, 0.0214, tokens_per_second, "2026-11-29T06:00:00.000000Z")
+
+
+SAME, TIE = Asked("quiz", "a", 1, 1, 2.0, 0.25), Asked("quiz", "b", 1, 0, NEAR / 2, 0.5)
+OTHER, UNCLEAR = Asked("quiz", "c", 1, 2, 2.0, 1.5), Asked("quiz", "d", 1, None, 2.0, None)
+
+
+def test_a_result_as_lines_and_as_json() -> None:
+    """Median and largest difference, near ties apart from real differences, what could not be compared."""
+    assert as_lines(checked(SAME, TIE, OTHER)) == [
+        "server             vllm, asked for log-likelihoods",
+        "served             merged",
+        "questions          3 in 1.3 s, 3 compared",
+        "same predictions   1 of 3; 1 differ in a near tie (below 0.2 nats)",
+        "log-likelihoods    differ by 0.5000 nats (median), 1.5000 (most)",
+        "first token        after 21 ms (median), 87.5 tokens/s after it, one request at a time",
+        "  quiz c: recorded choice 1, served 2",
+        "differs",
+    ]
+    unclear = as_lines(checked(UNCLEAR, way="greedy", tokens_per_second=None))
+    assert unclear == [
+        "server             vllm, asked for greedy answers",
+        "served             merged",
+        "questions          1 in 1.3 s, 0 compared; the answers to 1 begin with none of the choices",
+        "same predictions   0 of 0; 0 differ in a near tie (below 0.2 nats)",
+        "first token        after 21 ms (median), one request at a time",
+        "not compared",
+    ]
+    assert as_lines(checked(SAME, TIE, way="forced"))[0].endswith("log-likelihoods")
+    assert [line for line in as_lines(checked(*[OTHER] * 21)) if line.startswith("  ")] == [
+        "  quiz c: recorded choice 1, served 2"
+    ] * 20
+    facts = as_json(checked(SAME, TIE, OTHER, UNCLEAR))
+    questions = facts.pop("questions")
+    assert facts == {
+        "server": "vllm",
+        "way": "echo",
+        "format": "merged",
+        "when": "2026-11-29T06:00:00.000000Z",
+        "seconds": 1.26,
+        "first_token": 0.0214,
+        "tokens_per_second": 87.54,
+        "holds": False,
+        "alike": 1,
+        "compared": 3,
+        "different": ["c"],
+    }
+    assert questions[1] == {
+        "task": "quiz",
+        "id": "b",
+        "recorded": 1,
+        "served": 0,
+        "margin": NEAR / 2,
+        "difference": 0.5,
+    }
+    with pytest.raises(VerificationError) as raised:
+        require_alike(checked(SAME, TIE, OTHER))
+    assert [(one.where, one.what) for one in raised.value.problems] == [
+        ("quiz b", "recorded choice 1, vllm predicts 0"),
+        ("quiz c", "recorded choice 1, vllm predicts 2"),
+    ]
+    require_alike(checked(SAME, TIE))
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "words"),
+    [
+        (401, AccessDenied, "requires a key \\(HTTP 401\\); set OPENAI_API_KEY"),
+        (403, AccessDenied, "requires a key \\(HTTP 403\\)"),
+        (400, SettingsError, "the server refuses \\(HTTP 400\\): {}"),
+        (404, SettingsError, "the server refuses \\(HTTP 404\\)"),
+        (408, Unreachable, "answered with HTTP 408"),
+        (429, Unreachable, "answered with HTTP 429"),
+        (500, Unreachable, "answered with HTTP 500: {}"),
+        (503, Unreachable, "answered with HTTP 503"),
+        (200, Unreachable, "the server's answer is not JSON"),
+    ],
+)
+def test_answers_of_a_server_have_their_codes(status: int, kind: type[Exception], words: str) -> None:
+    """A key that is refused, a request that is, and a server that cannot answer now, or is none."""
+
+    def answers(self: OpenAI) -> None:
+        self._send(b"{}" if status != 200 else b"<html>", status)
+
+    with serving(type("Server", (OpenAI,), {"do_POST": answers, "do_GET": answers})) as address:
+        client = Client(address)
+        assert client.is_healthy() == (status == 200)
+        for ask in (lambda: client.post("/v1/completions", {}), lambda: client.get("/v1/models")):
+            with pytest.raises(kind, match=words):
+                ask()
+
+
+@pytest.mark.parametrize(
+    ("texts", "rate"),
+    [
+        (["{'text': 'a'}", "{'text': 'b'}", "{'text': ''}"], 0.25),  # the last token ends the answer, and has no text
+        (["{'text': 'a'}"], None),
+        (["{'role': 'x'}", "{'text': 'a'}", "{'text': 'b'}", "{}"], 0.25),  # what has no text is no token
+    ],
+)
+def test_the_speed_of_a_streamed_answer(texts: list[str], rate: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds to the first token, and how many follow it in the time up to the last; the clock goes on by 4 s."""
+    lines = [f'data: {{"choices": [{text}]}}\n\n'.replace("'", '"') for text in texts]
+    sent = "".join([": a comment\n\n", 'data: {"choices": []}\n\n', *lines, "data: [DONE]\n\n"]).encode()
+    seconds = iter(range(0, 100, 4))
+    with serving(type("Server", (OpenAI,), {"do_POST": lambda self: self._send(sent, 200)})) as address:
+        monkeypatch.setattr("job.serving.client.time", SimpleNamespace(monotonic=lambda: next(seconds)))
+        speed = Client(address).stream("/v1/completions", {})
+    assert (speed.first_token, speed.tokens_per_second) == (4, rate)
+
+
+def test_a_stream_without_a_token() -> None:
+    """Only its end came."""
+    server = type("Server", (OpenAI,), {"do_POST": lambda self: self._send(b"data: [DONE]\n\n", 200)})
+    with serving(server) as address, pytest.raises(Unreachable, match="the server sent no token"):
+        Client(address).stream("/v1/completions", {})
+
+
+def test_a_server_of_this_table_is_found_by_its_owner() -> None:
+    """The last model is the one of the run; a server without models, and one of another kind."""
+    for owner, kind in (
+        ("vllm", "vllm"),
+        ("llamacpp", "llama.cpp"),
+        ("somebody", "transformers"),
+        ("", "transformers"),
+    ):
+        with serving(type("Server", (OpenAI,), {"owner": owner})) as address:
+            assert server_kind(Client(address)) == kind
+            assert model_name(Client(address), None) == "run"
+            assert model_name(Client(address), "another") == "another"
+    with serving(type("Server", (OpenAI,), {"do_GET": lambda self: self._answer({})})) as address:
+        assert server_kind(Client(address)) == "transformers"
+        with pytest.raises(SettingsError, match="does not serve any model"):
+            model_name(Client(address), None)
+
+
+@pytest.mark.parametrize(
+    ("server", "answer", "words"),
+    [
+        ("vllm", {"choices": [{"logprobs": None}], "usage": {"prompt_tokens": 3}}, "returns no log-probabilities; "),
+        ("vllm", {"choices": [{"logprobs": {"token_logprobs": [-1.0]}}]}, "returns no log-probabilities; "),
+        (
+            "vllm",  # of as many tokens as the question: of the choice there is none
+            {"choices": [{"logprobs": {"token_logprobs": [-1.0, -2.0]}}], "usage": {"prompt_tokens": 2}},
+            "returns no log-probabilities of the choice 'Sorrowby'",
+        ),
+        ("llama.cpp", {"tokens": []}, None),
+        ("llama.cpp", {"completion_probabilities": [{"id": 7, "logprob": -1.0}]}, "no log-probability of token 1"),
+        ("llama.cpp", {"completion_probabilities": []}, "returns no log-probability of token 1; is it llama.cpp's"),
+    ],
+)
+def test_answers_without_log_probabilities(server: str, answer: dict[str, Any], words: str | None) -> None:
+    """A server that ignores what it was asked for is not the one that it was taken for."""
+
+    def answers(self: OpenAI) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        found = {"tokens": list(range(1 + len(body["content"]) // 50))} if self.path == "/tokenize" else answer
+        self._answer(answer if "tokens" in answer else found)
+
+    with serving(type("Server", (OpenAI,), {"do_POST": answers})) as address:
+        client = Client(address)
+        ask = WAYS[SERVERS[server].way]
+        if words is None:  # choices without tokens have the probability 1
+            assert ask(client, "run", "q", CHOICES) == Answer((0.0, 0.0, 0.0), 0)
+            return
+        with pytest.raises(SettingsError, match=words):
+            ask(client, "run", "q" * 45, CHOICES)
+
+
+@pytest.mark.parametrize(
+    ("text", "choices", "prediction"),
+    [
+        (" yes, but", ["no", "yes"], 1),
+        ("yes sir", ["yes", "yes sir", "y"], 1),  # the longest that it begins with
+        ("Yes", ["no", "yes"], None),
+        ("", ["no", "yes"], None),
+        ("no", [" no ", "yes"], 0),
+    ],
+)
+def test_the_choice_that_a_greedy_answer_begins_with(text: str, choices: list[str], prediction: int | None) -> None:
+    """Whatever white space is around both; no more tokens are asked for than the longest choice may have."""
+    bodies = []
+
+    def answers(self: OpenAI) -> None:
+        bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self._answer({"choices": [{"text": text}]})
+
+    with serving(type("Server", (OpenAI,), {"do_POST": answers})) as address:
+        assert WAYS["greedy"](Client(address), "run", "q", choices) == Answer(None, prediction)
+        WAYS["greedy"](Client(address), "run", "q", ["x" * 100])
+    longest = max(map(len, choices))
+    expected = {"model": "run", "prompt": "q", "max_tokens": longest + 2, "temperature": 0}
+    assert bodies == [expected, {**expected, "max_tokens": 64}]

@@ -17,7 +17,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from job.errors import MAX_SHOWN, SettingsError
+from job.errors import MAX_SHOWN, SettingsError, environment_name
 from job.log import scrub
 from job.settings.load import (
     Settings,
@@ -550,7 +550,7 @@ BAD_VALUES: list[tuple[str, list[str]]] = [
         "storage.endpoint_url",
         ["host", "ftp://host", "https://", "http://[", "https://h:x", "https://u@h", "https://h/?a=b"],
     ),
-    ("run.processes", ["0", "-1", "two", "1.5", "٢", "true", ""]),
+    ("run.processes", ["0", "-1", "1025", "999999999", "two", "1.5", "٢", "true", ""]),
     ("run.nodes", ["0", "x"]),
     ("run.node_rank", ["-1", "x"]),
     ("run.rendezvous", ["host", ":29400", "host:", "host:0", "host:65536", "http://host:1", "a b:1", "host:1:2"]),
@@ -820,6 +820,14 @@ class TestCombinations:
         found = problems(["--run.nodes=2", "--run.node_rank=2", "--run.id=a"])
         assert list(found) == ["JOB_RUN__RENDEZVOUS (default)", "JOB_RUN__NODE_RANK (command line)"]
         assert load_settings(["--run.node_rank=5"])  # an Indexed Job whose runs have nothing to do with each other
+
+    def test_an_address_without_a_number_of_machines(self) -> None:
+        """Each of them would run the whole run, and end the others' attempts by taking over."""
+        (found,) = problems(["--run.rendezvous=a:1", "--run.id=a"]).items()
+        assert found[0] == "JOB_RUN__RENDEZVOUS (command line)"
+        assert "without JOB_RUN__NODES" in found[1]
+        assert load_settings(["--run.rendezvous=a:1", "--run.id=a"], TORCHRUN)
+        assert load_settings(["--run.rendezvous=a:1", "--run.nodes=1"])  # manifests that are scaled down to one pod
 
     def test_where_torchrun_starts_the_processes_it_knows_the_machines(self) -> None:
         """Our own settings of machines are then not asked for."""
@@ -1527,3 +1535,28 @@ def test_a_placement_that_cannot_be(with_it: dict[str, str], said: str) -> None:
     """What JOB_MODEL__PLACEMENT cannot be combined with is refused before anything is read."""
     with pytest.raises(SettingsError, match=said):
         load_settings(environ={"JOB_MODEL__PLACEMENT": "sharded", **with_it})
+
+
+@pytest.mark.parametrize(
+    ("alone", "with_it"),
+    [
+        (["--export.hub_private=false"], ["--export.hub=org/name"]),
+        (["--export.oci_plain_http=true"], ["--export.oci=localhost:5000/a:b"]),
+        (["--sign.password=some-words"], ["--sign.key=key.pem"]),
+        (["--cost.on_demand_usd_per_hour=3"], ["--cost.usd_per_hour=1"]),
+        (["--data.validation_split=test"], ["--data.validation=org/rows"]),
+        (["--data.validation_split=test", "--data.validation=0.1"], ["--data.validation=org/rows"]),
+        (["--storage.kms_key_id=a-key"], ["--run.output=s3://bucket/runs"]),
+        (["--storage.kms_key_id=a-key", "--run.output=gs://bucket/runs"], ["--run.output=s3://bucket/runs"]),
+        (["--storage.kms_key_id=a-key", "--data.source=s3://bucket/a"], ["--run.output=s3://bucket/runs"]),
+        (["--storage.storage_class=GLACIER_IR"], ["--run.output=s3://bucket/runs"]),
+        (["--storage.storage_class=COLDLINE", "--eval.data=a=gs://bucket/a"], ["--run.output=gs://bucket/runs"]),
+    ],
+)
+def test_a_setting_of_what_is_not_there_is_refused(alone: list[str], with_it: list[str]) -> None:
+    """Results that are not signed or encrypted in spite of a setting, for example, would be noticed by nobody."""
+    name = environment_name(alone[0].removeprefix("--").partition("=")[0])
+    found = problems(alone)
+    assert [place for place in found if place.startswith(f"{name} (")], found
+    found = problems([*alone, *with_it, "--run.seed=-1"])
+    assert not [place for place in found if place.startswith(f"{name} (")], found

@@ -172,7 +172,7 @@ class TestSecretsFolder:
         (tmp_path / "JOB_TRAIN__EPOCHS").write_text("7\n")
         (tmp_path / "job_storage__kms_key_id").write_text("key")
         (tmp_path / "token").write_text("x")
-        environ = {"JOB_SECRETS_DIR": str(tmp_path)}
+        environ = {"JOB_SECRETS_DIR": str(tmp_path), "JOB_RUN__OUTPUT": "s3://bucket/runs"}
         settings = load_settings([], environ)
         assert (settings.train.epochs, settings.sources["train.epochs"]) == (7, "secret JOB_TRAIN__EPOCHS")
         assert settings.storage.kms_key_id == load_reading([], environ).storage.kms_key_id == "key"

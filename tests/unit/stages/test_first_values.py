@@ -45,7 +45,7 @@ class Kept:
         """What was kept."""
         return TypeAdapter(kind).validate_json(self.records[name]) if name in self.records else None
 
-    def keep(self, name: str, record: str) -> None:
+    def write_record(self, name: str, record: str) -> None:
         """Keeps a record."""
         self.records[name] = record
 
@@ -140,7 +140,7 @@ class Two(Alone):
         """The first process has another hash."""
         return ["other", value]
 
-    def add_up(self, tensor: Any) -> None:
+    def all_reduce(self, tensor: Any) -> None:
         """Adds what the first process has."""
         tensor += next(self.other)
 

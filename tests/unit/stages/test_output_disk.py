@@ -49,7 +49,7 @@ def test_what_is_there_at_most_is_what_uploads_leave(
     monkeypatch.setattr(checkpoint_store, "prune", prune)
     (tmp_path / "step").mkdir()
     (tmp_path / "step" / "file").write_bytes(bytes(1000))
-    publish = checkpoint_store.publisher(
+    publish = checkpoint_store.make_committer(
         store, MarkerFields(1, 1, {}), keep=keep, settle_seconds=0, verified=0, on_committed=lambda *_: None
     )
     for step in range(1, saves + 1):
@@ -81,6 +81,34 @@ def test_the_least_that_must_be_free(
     assert need.least(*there, shared=True) == together * CHECKPOINT
     for shared in (False, True):
         assert need.likely(*there, shared=shared) >= need.least(*there, shared=shared)
+
+
+@pytest.mark.parametrize(
+    ("need", "checkpoints", "exports", "apart", "together"),
+    [
+        # In millions of bytes: three checkpoints of 60; together also four copies of one among the temporary files.
+        (NEED, 0, 0, 180, 240),
+        (NEED, 60, 0, 120, 240),
+        # 40 of the adapter are more than one checkpoint less: two that are kept, and what is written after training.
+        (replace(NEED, adapter=100_000_000), 0, 0, 220, 240),
+        (replace(NEED, saves=0, adapter=0), 0, 0, 0, 0),
+        # Two kept, the adapter's 40, the merged model's 600, the derived format's 60; together: two candidates and 60.
+        (MERGED, 0, 0, 820, 1200 + 60 + 240),
+        (MERGED, 0, 660, 160, 1200 + 60 + 240),
+        (replace(MERGED, formats=("fp8",)), 0, 0, 220, 1200 + 60 + 240),
+    ],
+)
+def test_what_should_be_free(need: OutputNeed, checkpoints: int, exports: int, apart: int, together: int) -> None:
+    """By what is there, and what the temporary files need on the same disk; the reserves are 32 MiB and 256 MiB."""
+    there, million = (checkpoints * 10**6, exports * 10**6), 10**6
+    assert need.likely(*there, shared=False) == apart * million + (32 << 20)
+    assert need.likely(*there, shared=True) == (apart + together) * million + (32 + 256 << 20)
+
+
+def test_no_less_should_be_free_than_must_be() -> None:
+    """Checkpoints of another size count as space, although none of them is deleted before the first one is complete."""
+    for shared, least in ((False, CHECKPOINT), (True, 2 * CHECKPOINT)):
+        assert NEED.likely(20 * CHECKPOINT, 0, shared=shared) == least
 
 
 def check(folder: Path, *words: str, rows: int = 200, trains: bool = True) -> list[Any]:
@@ -140,7 +168,7 @@ def test_what_is_left_of_a_run_is_counted(disks: dict[str, DiskSpace], tmp_path:
     store = LocalStore(tmp_path / "out" / "run")
     (tmp_path / "step").mkdir()
     (tmp_path / "step" / "file").write_bytes(b"x")
-    publish = partial(checkpoint_store.publish, store, tmp_path / "step", writer=MarkerFields(1, 1, {}))
+    publish = partial(checkpoint_store.commit, store, tmp_path / "step", writer=MarkerFields(1, 1, {}))
     disks["run"] = DiskSpace(1, 1 << 40, 0, CHECKPOINT)
     early = ("--train.stop_after=1", "--data.validation=0.5")
     check(tmp_path, *early)  # it writes one at least

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,13 @@ from job.common.resources import available_bytes
 from job.distributed.processes import Alone
 from job.distributed.ranks import Place
 from job.errors import SettingsError
-from job.model.adapter_options import PLAIN
+from job.model.adapter_options import MANY_STEPS, PLAIN, AdapterOptions, make_options
+from job.planning.input_checks import Preflight, _preview_adapter
+from job.planning.preflight_models import preview_model
+from job.planning.run_shape import shape_of_run
 from job.stages import load, placement
 from job.stages.placement import _fastest_that_fits
+from job.storage.open import StorageOptions
 from job.training.memory_model import MAIN_MEMORY_SHARE, packed_bytes, training_memory
 from tests.unit.stages.test_first_values import settings_of, sources_of
 from tests.unit.training.test_execution_plan import SETUP
@@ -36,10 +41,12 @@ class Two(Alone):
         return [value, [self.other, "the other's reason"]]
 
 
-def place(folder: Path, device: Any = GPU, processes: Any = None, **changes: str) -> tuple[str, str]:
+def place(
+    folder: Path, device: Any = GPU, processes: Any = None, options: AdapterOptions = PLAIN, **changes: str
+) -> tuple[str, str]:
     """Where the base goes, and why."""
     settings = settings_of(folder, **changes)
-    how: dict[str, Any] = {"device": device, "budget": 4096, "options": PLAIN}
+    how: dict[str, Any] = {"device": device, "budget": 4096, "options": options}
     groups = settings.model, settings.train, settings.lora
     how["scoring_tokens"] = settings.eval.batch_tokens
     return placement.decide_placement(*groups, sources_of(settings, folder), processes or Alone(), **how)
@@ -71,6 +78,57 @@ def test_it_goes_where_it_fits(base_folder: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(placement, "available_bytes", lambda: 1000)
     assert place(base_folder)[0] == "gpu"
     assert place(base_folder, processes=Two("gpu"))[0] == "sharded"
+
+
+OPTIONS: tuple[dict[str, str], ...] = (
+    {"JOB_LORA__LAYERS": ""},
+    {"JOB_LORA__LAYERS": "0-1"},
+    {"JOB_LORA__MODULES_TO_SAVE": "embed_tokens,lm_head"},
+    {"JOB_MODEL__ADD_TOKENS": "<new>,<other>"},
+    {"JOB_LORA__USE_DORA": "true"},
+    {"JOB_LORA__INIT": "pissa"},
+    {"JOB_LORA__INIT": "olora", "JOB_LORA__TARGET_MODULES": "q_proj"},
+    {"JOB_LORA__KIND": "adalora", "JOB_LORA__INIT_RANK": "9"},
+    {"JOB_LORA__RANK_PATTERN": "q_proj=32"},
+    {"JOB_TRAIN__GRADIENT_CHECKPOINTING": "false"},
+    {"JOB_TRAIN__GRADIENT_CHECKPOINTING": "true", "JOB_TRAIN__OPTIMIZER": "adamw_torch"},
+    {"JOB_MODEL__DTYPE": "fp32", "JOB_MODEL__DOUBLE_QUANTIZATION": "false"},
+)
+
+
+@pytest.mark.parametrize("changes", OPTIONS, ids=",".join)
+def test_the_plan_and_the_run_count_the_same(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str]
+) -> None:
+    """Otherwise the run would keep a base on the GPU that the plan has in main memory, and run out of memory."""
+    settings = settings_of(base_folder, **changes)
+    with_gpu_memory(monkeypatch, 1 << 30)
+    used: list[Any] = []
+    monkeypatch.setattr(placement, "_fastest_that_fits", lambda setup, *_, **__: (used.append(setup), ("gpu", ""))[1])
+    options = make_options(dict(settings.lora), MANY_STEPS, settings.model.add_tokens)
+    place(base_folder, options=options, **changes)
+    _, _, model = preview_model(str(base_folder), None, online=lambda: False, folder=tmp_path, storage=StorageOptions())
+    _, _, adapter = _preview_adapter(settings, model)
+    preflight = Preflight([], None, model, adapter, None, None, None, None)
+    planned = shape_of_run(settings, preflight, []).setup
+    assert planned is not None
+    (setup,) = used
+    assert replace(setup, targets=()) == replace(planned, targets=())
+    assert set(setup.targets) == set(planned.targets)
+
+
+def test_modules_that_are_trained_whole_take_the_base_off_the_gpu(
+    base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients and optimizer of embedding and output layer may need more than all else."""
+    whole = {"JOB_LORA__MODULES_TO_SAVE": "embed_tokens,lm_head"}
+    for free in range(1 << 20, 1 << 28, 1 << 19):
+        with_gpu_memory(monkeypatch, free)
+        if place(base_folder)[0] == "gpu":
+            break
+    assert (
+        place(base_folder, options=make_options(dict(settings_of(base_folder, **whole).lora), 9), **whole)[0] == "host"
+    )
 
 
 def test_what_cannot_be_is_refused(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

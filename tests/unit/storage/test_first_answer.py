@@ -14,7 +14,7 @@ from job.cli.arguments import COMMANDS, parse_arguments
 from job.cli.main import main
 from job.cli.reading import reading
 from job.errors import Unreachable
-from job.planning.input_checks import check_other_inputs
+from job.planning.other_input_checks import check_other_inputs
 from job.settings.load import load_settings
 from job.storage import first_answer
 from job.storage.first_answer import answers_once, require_answers

@@ -150,7 +150,7 @@ def serving(hub: type[BaseHTTPRequestHandler] = Hub, tls: ssl.SSLContext | None 
     server = ThreadingHTTPServer(("127.0.0.1", 0), hub)
     if tls is not None:
         server.socket = tls.wrap_socket(server.socket, server_side=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
     finally:
@@ -648,6 +648,12 @@ def test_nonsense_of_the_environment_is_told_as_what_it_is(case: str) -> None:
     act, error, words = NONSENSE[case]
     with pytest.raises(error, match=words), hub_errors("model some/model"):
         act()
+
+
+def test_a_hub_that_is_silent_says_what_to_check() -> None:
+    """The message has the fix beside the place."""
+    with pytest.raises(Unreachable, match=r"model x: .*; check the network, HF_ENDPOINT"), hub_errors("model x"):
+        raise ConnectionError
 
 
 def test_variables_that_make_no_sense_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

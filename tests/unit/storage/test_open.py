@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 from uuid import uuid4
 from xml.sax.saxutils import escape
 
 import pytest
 
 from job.errors import DataError, SettingsError, Unreachable
+from job.planning.preflight_models import fetch_start, preview_model
 from job.settings.load import load_settings
 from job.settings.schema import Storage
+from job.stages import pull_model
 from job.storage.open import Location, StorageOptions, bytes_to_fetch, fetch, open_store, storage_options
 from tests.s3_server import BUCKET, Request, credentials, moto_server, server
 
@@ -176,13 +179,16 @@ def test_a_location_reads_as_it_was_written(place: str) -> None:
 
 
 def bucket_of(objects: dict[str, bytes], sizes: dict[str, int] | None = None) -> Any:
-    """Return an answer function: a bucket with any keys at all, which may list wrong sizes."""
+    """Return an answer function: a bucket with any keys, which may list wrong sizes, and keys that are gone."""
 
     def answer(request: Request) -> None:
         if "list-type=2" in request.path:
+            listed = {key: len(data) for key, data in objects.items()} | (sizes or {})
+            prefix = parse_qs(urlsplit(request.path).query).get("prefix", [""])[0]
             entries = "".join(
-                f"<Contents><Key>{escape(key)}</Key><Size>{(sizes or {}).get(key, len(data))}</Size></Contents>"
-                for key, data in objects.items()
+                f"<Contents><Key>{escape(key)}</Key><Size>{size}</Size></Contents>"
+                for key, size in listed.items()
+                if key.startswith(prefix)
             )
             request.answer(
                 200, f"<ListBucketResult><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>".encode()
@@ -219,6 +225,55 @@ def test_fetch_notices_a_change(tmp_path: Path) -> None:
         pytest.raises(Unreachable, match="changed while it was fetched: 3 bytes, then 2"),
     ):
         fetch(f"s3://{BUCKET}/data/", tmp_path, StorageOptions(endpoint_url=url, retries=1))
+
+
+def small_files_of_a_plan(uri: str, folder: Path, options: StorageOptions) -> Any:
+    """What `plan` fetches of a model in a bucket."""
+    folder.mkdir()
+    return preview_model(uri, None, online=lambda: False, folder=folder, storage=options)
+
+
+def an_adapter_for_a_plan(uri: str, folder: Path, options: StorageOptions) -> Any:
+    """What `plan` fetches of an adapter to start from."""
+    return fetch_start(uri, folder, options)
+
+
+FETCHING: tuple[tuple[Callable[..., Any], str], ...] = (
+    (fetch, "/"),
+    (fetch, "/*.json"),
+    (pull_model._fetch_small_files, ""),
+    (small_files_of_a_plan, ""),
+    (an_adapter_for_a_plan, ""),
+)
+"""All that fetch what a listing names, and what of a URI they take."""
+
+
+@pytest.mark.parametrize(("fetch_all", "end"), FETCHING)
+@pytest.mark.parametrize(("size", "why"), [(2, "removed"), (1, "changed"), (9, "changed")])
+def test_what_is_removed_or_replaced_after_the_listing(
+    tmp_path: Path, fetch_all: Callable[..., Any], end: str, size: int, why: str
+) -> None:
+    """By another program, at any moment: a store that cannot be read now (69), and never a traceback, or half of it."""
+    objects = {"data/adapter_config.json": b"{}", "data/adapter_model.safetensors": b"12", "data/config.json": b"{}"}
+    sizes = {"data/adapter_config.json": size}
+    if why == "removed":
+        del objects["data/adapter_config.json"]
+    with server(bucket_of(objects, sizes)) as url:
+        options = StorageOptions(endpoint_url=url, retries=1)
+        with pytest.raises(Unreachable, match=rf"adapter_config.json.* {why} while it was fetched"):
+            fetch_all(f"s3://{BUCKET}/data{end}", tmp_path / "in", options)
+
+
+@pytest.mark.parametrize("hostile", ["we\\ird.json", "../evil.json", "a/../../evil", "a\nb.txt", "x" * 256])
+@pytest.mark.parametrize("fetch_all", [FETCHING[0][0], FETCHING[2][0], FETCHING[3][0]])
+def test_a_model_in_a_bucket_with_names_that_no_disk_has(
+    tmp_path: Path, fetch_all: Callable[..., Any], hostile: str
+) -> None:
+    """`plan` and the run refuse the same names with the same code, before anything is fetched."""
+    objects = {"data/config.json": b"{}", "data/model.safetensors": b"12", f"data/{hostile}": b"{}"}
+    with server(bucket_of(objects)) as url, pytest.raises(DataError, match="not a valid file name below the folder"):
+        fetch_all(f"s3://{BUCKET}/data", tmp_path / "in", StorageOptions(endpoint_url=url, retries=1))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_local_stores_need_no_sdk() -> None:

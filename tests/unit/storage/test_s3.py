@@ -130,8 +130,12 @@ def test_errors_are_translated(
     [
         (301, "PermanentRedirect", SettingsError, r"another address; set JOB_STORAGE__ENDPOINT_URL .* https://"),
         (400, "AuthorizationHeaderMalformed", SettingsError, "JOB_STORAGE__REGION"),
+        (400, "ExpiredToken", AccessDenied, "give new temporary keys"),
+        (403, "AccessDenied", AccessDenied, "the permissions that infra/storage/README.md lists"),
+        (403, "InvalidAccessKeyId", AccessDenied, "correct AWS_ACCESS_KEY_ID"),
         (403, "InvalidObjectState", AccessDenied, "restore the object"),
         (403, "RequestTimeTooSkewed", Unreachable, "this machine's clock"),
+        (403, "SignatureDoesNotMatch", AccessDenied, "correct AWS_SECRET_ACCESS_KEY"),
     ],
 )
 def test_errors_say_what_to_do(status: int, code: str, expected: type[JobError], words: str) -> None:

@@ -22,8 +22,8 @@ from job.training.execution_plan import (
     kept_activation_bytes,
     why_not_recorded,
 )
+from job.training.memory_check import Sharing, refuse_rows
 from job.training.memory_model import LONG_ROW, PLACEMENTS, Setup, long_row_bytes, training_memory, usable_bytes
-from job.training.refusal import Sharing, refuse_rows
 from job.training.sequence_parallel import least_memory, row_host_bytes, row_memory, tokens_alone
 
 MISTRAL_7B = Architecture(4096, 14336, 32, 32, 8, 128, 32000)

@@ -51,7 +51,7 @@ from tests.unit.training.test_trainer import (
 @pytest.fixture
 def all_rows_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gives process 0 all examples."""
-    monkeypatch.setattr(batch_plan, "shares", lambda lengths, processes: [list(range(len(lengths))), []][:processes])
+    monkeypatch.setattr(batch_plan, "assign", lambda lengths, processes: [list(range(len(lengths))), []][:processes])
 
 
 class Left(Beside):
@@ -67,9 +67,9 @@ class Left(Beside):
 class LeftInSum(Beside):
     """Its neighbour ends during the third step too, which is found out when the sum is waited for."""
 
-    def start_add_up(self, tensor: torch.Tensor) -> Callable[[], None]:
+    def start_all_reduce(self, tensor: torch.Tensor) -> Callable[[], None]:
         """The sum of the third step never comes."""
-        self.add_up(tensor)
+        self.all_reduce(tensor)
         return super().check if len(self.sizes) < 3 else self.fail
 
     def fail(self) -> None:
@@ -112,8 +112,8 @@ def test_a_launched_optimizer_step_that_never_begins(
     before: dict[str, torch.Tensor] = {}
 
     class Waiting(LeftInSum):
-        def start_add_up(self, tensor: torch.Tensor) -> Callable[[], None]:
-            end = super().start_add_up(tensor)
+        def start_all_reduce(self, tensor: torch.Tensor) -> Callable[[], None]:
+            end = super().start_all_reduce(tensor)
 
             def wait() -> None:
                 seen.append("sum")
@@ -131,7 +131,7 @@ def test_a_launched_optimizer_step_that_never_begins(
         before.update({name: parameter.detach().clone() for name, parameter in trainable(model).items()})
 
     monkeypatch.setattr("job.training.launch_ahead.can_launch_behind_sum", lambda *_, **__: True)
-    monkeypatch.setattr("job.training.launch_ahead.LaunchedSum.has_come", lambda _: come)
+    monkeypatch.setattr("job.training.launch_ahead.LaunchedSum.is_complete", lambda _: come)
     recipe = replace(RESUMED, save_every_steps=1000, optimizer="adamw_8bit")
     saved: list[Path] = []
     hooks = Hooks(lambda _: None, lambda path, _: saved.append(path), lambda: False)
@@ -202,7 +202,7 @@ def test_a_step_launched_ahead_is_abandoned_where_it_does_not_fit(
     base_folder: Path, tokenizer: Any, tmp_path: Path, launches: list[str]
 ) -> None:
     """The flag is set while the host waits for the step before: the deadline has to be met without the next one."""
-    hooks = noting(launches, stop=lambda: "step 2" in launches, fits=lambda share: share == 0)
+    hooks = noting(launches, stop=lambda: "step 2" in launches, has_time=lambda share: share == 0)
     recipe, plan = replace(RECIPE, total_steps=5), replace(THROUGHOUT, recorded=True)
     stopped = train(
         fused_model(base_folder), tokenizer, EXAMPLES, recipe=recipe, plan=plan, hooks=hooks, folder=tmp_path
@@ -298,7 +298,7 @@ def test_a_lost_sum_is_left_on_its_stream(monkeypatch: pytest.MonkeyPatch) -> No
             return SimpleNamespace(query=lambda: come)
 
     class Lost(Beside):
-        def start_add_up(self, tensor: torch.Tensor) -> Callable[[], None]:
+        def start_all_reduce(self, tensor: torch.Tensor) -> Callable[[], None]:
             seen.append("sum")
             return self.lost
 
@@ -310,12 +310,12 @@ def test_a_lost_sum_is_left_on_its_stream(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "set_stream", lambda _: seen.append("new stream"))
     launched = LaunchedSum(Lost(), torch.device("cuda"))
     launched.finish()
-    assert not launched.has_come()
+    assert not launched.is_complete()
     launched.start(cast("torch.Tensor", SimpleNamespace(is_cuda=True)))
     with pytest.raises(StepAbandoned) as raised:
         launched.finish()
     assert isinstance(raised.value.__cause__, Unreachable)
     assert seen == ["sum", "event", "new stream"]
-    assert not launched.has_come()
+    assert not launched.is_complete()
     come = True
-    assert launched.has_come()
+    assert launched.is_complete()

@@ -15,7 +15,7 @@ from job.model.adapter_options import PLAIN, AdapterOptions, make_options, too_f
 from job.model.fused import long_attention
 from job.model.load_base import inspect
 from job.settings.load import load_settings
-from job.settings.schema import Export
+from job.settings.schema import Export, Lora
 from job.stages import export_check, placement, pull_checks
 from job.stages.pull import checked_settings
 from job.stages.pull_checks import check_files_of_exports, check_model, check_rows, refuse_long_row, step_problems
@@ -105,6 +105,29 @@ def test_all_that_the_model_excludes_is_told_together(tmp_path: Path) -> None:
     more["targets"] = ["q_proj"]
     found = problems(tmp_path, "llama", options=options, config_intermediate_size=120, config_hidden_size=72, **more)
     assert "q_proj of 72 x 64" in found["JOB_TRAIN__COMPUTE"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize(
+    ("lora", "setting"),
+    [
+        ({"rank": 65}, "JOB_LORA__RANK"),
+        ({"rank": 2**32 - 1}, "JOB_LORA__RANK"),
+        ({"rank_pattern": {".*": 100_000}}, "JOB_LORA__RANK_PATTERN"),
+        ({"kind": "adalora", "init_rank": 100_000}, "JOB_LORA__INIT_RANK"),
+    ],
+)
+def test_a_rank_that_no_layer_can_have_is_refused(
+    tmp_path: Path, family: str, lora: dict[str, Any], setting: str
+) -> None:
+    """It would end for want of memory, which names other settings, or train for hours on nothing."""
+    given = {"rank": 4, **lora}
+    options = make_options(dict(Lora()) | given, 100)
+    found = problems(tmp_path, family, rank=given["rank"], options=options)
+    assert list(found) == [setting]
+    assert "64 is the highest rank" in found[setting]
+    possible = make_options(dict(Lora()) | given | dict.fromkeys(lora, 64) if "rank" in lora else dict(Lora()), 100)
+    assert not problems(tmp_path, family, rank=64, options=possible)
 
 
 def test_what_cannot_be_exported_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -793,7 +793,7 @@ class Beside(Alone):
         self.asked.append(repeat)
         return repeat or len(self.asked) in self.failing
 
-    def add_up(self, tensor: torch.Tensor) -> None:
+    def all_reduce(self, tensor: torch.Tensor) -> None:
         """The neighbour adds what it has."""
         self.sizes.append(tensor.numel())
 
@@ -801,7 +801,7 @@ class Beside(Alone):
 @pytest.fixture
 def undealt(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gives process 0 all examples."""
-    monkeypatch.setattr(batch_plan, "shares", lambda lengths, processes: [list(range(len(lengths))), []][:processes])
+    monkeypatch.setattr(batch_plan, "assign", lambda lengths, processes: [list(range(len(lengths))), []][:processes])
 
 
 @pytest.mark.usefixtures("undealt")
@@ -839,11 +839,11 @@ def test_a_process_without_examples_follows(
         leads = False
         place = Place(rank=1, world_size=2)
 
-        def add_up(self, tensor: torch.Tensor) -> None:
+        def all_reduce(self, tensor: torch.Tensor) -> None:
             assert not tensor.any()
             tensor += 0.5
 
-    monkeypatch.setattr(batch_plan, "shares", lambda lengths, _: [list(range(len(lengths))), []])
+    monkeypatch.setattr(batch_plan, "assign", lambda lengths, _: [list(range(len(lengths))), []])
     model = make_model(base_folder)
     saved: list[Path] = []
     hooks = Hooks(lambda _: None, lambda path, _: saved.append(path), lambda: False)

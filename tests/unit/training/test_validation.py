@@ -308,7 +308,7 @@ class Part(Alone):
         self.place = Place(rank=rank, world_size=2)
         self.parts: list[float] = []
 
-    def add_up(self, tensor: torch.Tensor) -> None:
+    def all_reduce(self, tensor: torch.Tensor) -> None:
         """Keeps this process's part."""
         self.parts.append(float(tensor))
 

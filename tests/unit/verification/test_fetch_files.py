@@ -89,6 +89,34 @@ def test_a_file_that_grows_is_cut_off(store: LocalStore, tmp_path: Path) -> None
     assert difference.found == "a file that changed while it was read"
 
 
+@pytest.mark.parametrize("limit", [len(DATA) - 1, len(DATA)])
+def test_a_large_file_is_copied_as_it_comes(
+    store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """What is larger than an object that is read at once is not in memory as a whole, and never longer than claimed."""
+    monkeypatch.setattr("job.verification.fetch_files.MAX_READ_BYTES", limit)
+    monkeypatch.setattr(store, "read" if limit < len(DATA) else "download", None)
+    claim = Artifact("file", len(DATA), SHA256, FACTS)
+    copies, differences = brought(store, tmp_path / "work", claim)
+    assert copies["file"].read_bytes() == DATA
+    assert differences == []
+    store.write("file", DATA * 2)
+    _, (difference,) = fetch_files(store, [claim], {"file": len(DATA)}, tmp_path)
+    assert difference.found == "a file that changed while it was read"
+
+
+@pytest.mark.parametrize("limit", [len(DATA) - 1, len(DATA)])
+def test_a_file_that_is_deleted_meanwhile(
+    store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """It was listed, and is no more there; the others are copied."""
+    monkeypatch.setattr("job.verification.fetch_files.MAX_READ_BYTES", limit)
+    claims = [Artifact("gone", len(DATA), SHA256), Artifact("file", len(DATA), SHA256)]
+    copies, (difference,) = fetch_files(store, claims, {"gone": len(DATA), "file": len(DATA)}, tmp_path)
+    assert str(difference) == "gone: claimed 24 bytes, found a file that changed while it was read"
+    assert list(copies) == ["file"]
+
+
 def test_a_disk_that_is_too_small(store: LocalStore, tmp_path: Path) -> None:
     """Sizes are added up before anything is copied."""
     with pytest.raises(Unreachable, match="of disk are free"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,6 +61,13 @@ def test_a_record_verifies(store: LocalStore, tmp_path: Path) -> None:
     assert check.notes == ("adapter by vllm: holds, 12 of 12 predictions as recorded",)
 
 
+def test_a_file_whose_name_is_no_key_is_no_record(store: LocalStore) -> None:
+    """`status` and `report` read the records beside it; `verify` calls it an unknown file."""
+    write_serve_check(store, checked(store))
+    (Path(store.uri) / "served/we\\ird.json").write_text("{}")
+    assert read_after_run(store).served == (checked(store),)
+
+
 def test_a_record_that_quotes_other_answers_does_not_verify(store: LocalStore, tmp_path: Path) -> None:
     """Another prediction, a made-up near tie, a question that was not asked, another place, a changed byte."""
     found = checked(store)
@@ -79,6 +87,48 @@ def test_a_record_that_quotes_other_answers_does_not_verify(store: LocalStore, t
     store.write(key, sealed(asdict(found)).replace(b'"first_token": 0.021', b'"first_token": 0.011'))
     assert differences(store, tmp_path) == [key]
     assert read_after_run(store).served == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("format", ["adapter"]),
+        ("server", 1),
+        ("seconds", 10**400),
+        ("asked", [{}]),
+        ("more", 1),
+        ("task", ["quiz"]),
+        ("id", {"quiz": 1}),
+        ("recorded", "1"),
+        ("difference", 10**400),
+    ],
+)
+def test_values_of_other_types_are_no_record(store: LocalStore, tmp_path: Path, name: str, value: Any) -> None:
+    """A sealed file in place of a record is a difference for `verify`, and passed over by `report`."""
+    facts = asdict(checked(store))
+    (facts["asked"][0] if name in facts["asked"][0] else facts)[name] = value
+    store.write("served/adapter-vllm.json", sealed(facts))
+    assert differences(store, tmp_path) == ["served/adapter-vllm.json"]
+    assert read_after_run(store).served == ()
+
+
+def test_answers_of_an_exported_format(tmp_path: Path) -> None:
+    """They are compared with those of the candidate that ships; a format that the run does not have is a difference."""
+    exported = {"original": [False] * 6 + [True] * 6}
+    store = LocalStore(publish_run(tmp_path / "run", {"quiz": pairs(12, improved=6)}, exported=exported))
+    answered = samples.parse(Path(store.uri, "artifacts/evaluation/quiz.merged-original.jsonl").read_bytes())
+    assert [one.prediction for one in answered] != [one.prediction for one in answers(store)]
+    asked = tuple(
+        Asked("quiz", one.id, one.prediction, one.prediction, margin(one.log_likelihoods), None) for one in answered
+    )
+    merged = replace(checked(store), format="merged", asked=asked)
+    write_serve_check(store, merged)
+    assert differences(store, tmp_path) == []
+    write_serve_check(store, replace(checked(store), format="merged"))
+    assert {where.rpartition(" ")[2] for where in differences(store, tmp_path)} == {"recorded", "margin"}
+    write_serve_check(store, merged)
+    write_serve_check(store, replace(merged, format="gguf:q8_0"))
+    assert differences(store, tmp_path) == ["served/gguf-q8_0-vllm.json format"]
 
 
 def test_the_report_shows_where_a_run_went(store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

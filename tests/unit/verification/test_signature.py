@@ -22,7 +22,7 @@ from job.cli.serve_check import serve_check_command
 from job.cli.verify import verify_command
 from job.common.hashing import sealed
 from job.errors import SettingsError, VerificationError
-from job.planning.input_checks import check_other_inputs
+from job.planning.other_input_checks import check_other_inputs
 from job.report.model_card import render_export_card, render_model_card
 from job.results import signing
 from job.settings.load import load_settings

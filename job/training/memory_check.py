@@ -1,8 +1,8 @@
 """Refuses rows that cannot fit into memory, before training begins.
 
-A row is refused only if it certainly does not fit: if even the way of computing it that needs the least memory needs
-more than is free, after the formula's margin of error is subtracted. A row that may fit is tried, and training ends
-with `TrainingFailed` if memory runs out.
+A row is refused only if it certainly does not fit: if the way of computing it that needs the least memory needs more
+than is free, even after the formula's margin of error is subtracted. A row that may fit is tried; if memory runs out
+then, training ends with `TrainingFailed`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Sharing:
         """Advice about more GPUs, to be appended to the other advice; empty if they would not help.
 
         Args:
-            setup: What is trained.
+            setup: The model, its adapter, and how they are trained.
             fits: Whether the row would fit if it were divided over this number of processes.
         """
         enough = enough_gpus(setup, lambda count: count > self.processes and fits(count))
@@ -69,7 +69,7 @@ def refuse_rows(
     """Refuses the longest row if it certainly does not fit.
 
     Args:
-        setup: What is trained.
+        setup: The model, its adapter, and how they are trained.
         longest: Tokens of the longest row.
         free_bytes: Free memory of the device, with the model loaded.
         host_bytes: Main memory available to this process; None if the device is the CPU.
