@@ -33,7 +33,7 @@ check: $(STAMP)  ## lint, format, types
 	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec infra/docker/compose*.yaml
 	$(BIN)/zizmor --offline --quiet --pedantic .github
-	$(BIN)/yamllint --strict -c .github/yamllint.yaml infra/docker infra/helm/qlora-job/*.yaml infra/helm/qlora-job/examples infra/kubernetes infra/serving
+	$(BIN)/yamllint --strict -c .github/yamllint.yaml infra/docker infra/helm/qlora-job/*.yaml infra/helm/qlora-job/examples infra/kubernetes infra/orchestrators infra/serving
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -6,8 +6,19 @@ import os
 
 from job.common.resources import usable_cpus
 from job.distributed.ranks import VARIABLES, Place, visible_gpu
-from job.settings.load import environment
+from job.settings.load import environment, secret_files
+from job.settings.secret_files import file_variable
 from job.storage.azure_connection_string import azure_variables
+
+
+def take_secret_files() -> None:
+    """Gives libraries and child processes the secrets of `NAME_FILE` as `NAME`, which is also what the log hides.
+
+    The path is then unset, as in the image, so that no process finds both. What cannot be read stays to be refused.
+    """
+    for name, secret in secret_files().items():
+        os.environ[name] = secret
+        del os.environ[file_variable(name)]
 
 
 def configure_azure() -> None:

@@ -11,7 +11,7 @@ from job import __version__, log
 from job.cli.arguments import COMMANDS
 from job.cli.error_report import report, translated
 from job.cli.help_text import command_help, settings_help, shown_commands, usage, words_without_help
-from job.cli.library_variables import configure_azure
+from job.cli.library_variables import configure_azure, take_secret_files
 from job.cli.output import print_text
 from job.common.interrupt import was_interrupted
 from job.common.out_of_memory import check_address_space
@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if arguments is None else arguments)
     platform = current_platform()
+    take_secret_files()
     configure_azure()
     # Before the settings are read: errors in them are log lines, too.
     asked = environment().get("JOB_LOG__FORMAT", "")

@@ -15,6 +15,9 @@ _LONG = "raise JOB_TRAIN__MAX_LENGTH, or set JOB_DATA__ON_LONG_ROW to skip, trun
 _ADVICE = {"too_long": _LONG, "broken_utf8": TO_UTF8, UNREADABLE: ""}
 """Kind -> its own advice. Skipping is the advice for the other kinds, which are mistakes in single rows."""
 
+FIELDS_SETTING = "JOB_DATA__FIELDS="
+"""A missing field with this in its message is under another name, perhaps in all rows, none of which is to skip."""
+
 
 class BadRows:
     """Collects what is wrong: problems that are raised together, or, if bad rows are skipped, their number by kind."""
@@ -36,8 +39,12 @@ class BadRows:
             return
         self._total += len(faults)
         self._kinds.update(fault.kind for fault in faults)
-        # Text that another encoding of the file would not correct says itself what would.
-        self._fixes |= {one.kind for one in faults if one.kind != "broken_utf8" or "; " not in one.what}
+        # Text that another encoding of the file would not correct says itself what would, as does a field's other name.
+        self._fixes |= {
+            one.kind
+            for one in faults
+            if (one.kind != "broken_utf8" or "; " not in one.what) and FIELDS_SETTING not in one.what
+        }
         remaining = MAX_SHOWN - len(self._problems)
         self._problems += [Problem(fault.where, fault.what) for fault in faults[:remaining]]
 

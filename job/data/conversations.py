@@ -172,8 +172,17 @@ def _from_a_table(tools: list[dict[str, Any]] | None) -> bool:
     return any(None in one.values() for one in described if isinstance(one, dict))
 
 
-def render_messages(row: Row, template: Template, *, turns: Turns | None) -> Rendered | RowError:
+def render_messages(
+    row: Row, template: Template, *, turns: Turns | None, prompt_messages: int = 0
+) -> Rendered | RowError:
     """The text of a valid conversation, with these turns as its completions; None for all of the text.
+
+    Args:
+        row: The row.
+        template: The chat template.
+        turns: Which turns are the completions.
+        prompt_messages: How many of the first messages are a prompt, which has no completion in it. With `completion`
+            all messages behind it are the completion then, as in TRL's trainer.
 
     Raises:
         DataError: The chat template is broken, or exceeds its time or memory limit.
@@ -196,7 +205,7 @@ def render_messages(row: Row, template: Template, *, turns: Turns | None) -> Ren
         if (index := _unwritten(messages, tools, text, template)) is not None:
             fault = f"is not written by the tokenizer's chat template, which ignores this {messages[index]['role']!a}"
             return RowError("field_without_use", f"{where}[{index}]", fault)
-        split_text = _find_turns(messages, tools, text, template, turns)
+        split_text = _find_turns(messages, tools, text, template, turns, prompt_messages=prompt_messages)
     except TemplateRefusalError as error:
         what = f"is refused by the tokenizer's chat template: {error}"
         if (odd := _refused_order(plain_texts, tools, template)) is not None:
@@ -249,6 +258,8 @@ def _find_turns(
     text: str,
     template: Template,
     turns: Turns | None,
+    *,
+    prompt_messages: int,
 ) -> tuple[str, tuple[Span, ...], tuple[Span, ...]] | None:
     """(text, learned spans, spans that are never learned); None if the spans of the turns cannot be determined.
 
@@ -258,18 +269,28 @@ def _find_turns(
         text: The conversation as rendered by the template.
         template: The chat template.
         turns: Which turns are learned; None for the whole text.
+        prompt_messages: How many of the first messages are a prompt.
     """
     ignored = [index for index, message in enumerate(messages) if _is_unlearned(message)]
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    target_turns = [] if turns is None else answers[-1:] if turns == "last" else answers
+    target_turns = [index for index in answers if index >= prompt_messages]
+    target_turns = [] if turns is None else target_turns[-1:] if turns == "last" else target_turns
     # With `last`, only the model's own template may mark turns: TRL's training templates render another text.
     if (turns == "assistant" and template.marks) or (turns == "last" and template.marks == "own"):
         marked, spans = template.marked(messages, tools=tools)
         if len(spans) == len(answers):
-            of_turn = dict(zip(answers, spans, strict=True))
+            behind = _behind_prompt(spans, marked, messages[:prompt_messages], tools, template)
+            of_turn = dict(zip(answers, behind, strict=True))
             return marked, tuple(of_turn[index] for index in target_turns if index not in ignored), ()
-        if turns == "assistant" and not ignored:
+        if turns == "assistant" and not ignored and not prompt_messages:
             return marked, spans, ()
+    completion: tuple[Span, ...] = ()
+    if turns == "completion" and prompt_messages:
+        target_turns, start = [], _prompt_length(text, messages[:prompt_messages], tools, template)
+        last = messages[prompt_messages - 1]["content"]
+        if isinstance(last, str) and last.strip() not in text[:start]:
+            return None
+        completion = ((start, len(text)),)
     compared = {
         index: _turn(index, text, messages, tools, template)
         for index in sorted({*target_turns, *(ignored if turns in {None, "completion"} else ())})
@@ -278,8 +299,27 @@ def _find_turns(
     if len(span_of) < len(compared):
         return None
     learned = tuple(span_of[index] for index in target_turns if index not in ignored)
-    whole = ((0, len(text)),) if turns is None else learned
+    whole = ((0, len(text)),) if turns is None else completion or learned
     return text, whole, tuple(span_of[index] for index in ignored if index in span_of)
+
+
+def _prompt_length(
+    text: str, prompt: list[dict[str, Any]], tools: list[dict[str, Any]] | None, template: Template
+) -> int:
+    """Where the completion begins in a text: behind what it has in common with the prompt that asks for it."""
+    return _common_length(template(prompt, tools=tools, add_generation_prompt=True), text)
+
+
+def _behind_prompt(
+    spans: Sequence[Span],
+    text: str,
+    prompt: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    template: Template,
+) -> list[Span]:
+    """Marked spans without what the prompt of a row has of them: Qwen2.5's marks begin within the generation prompt."""
+    begin = _prompt_length(text, prompt, tools, template) if prompt else 0
+    return [(min(max(start, begin), stop), stop) for start, stop in spans]
 
 
 def _unwritten(

@@ -16,7 +16,8 @@ _SHOWN_FILES = 5
 _NO_FILE = "is not a regular file, but a folder, a pipe or a broken link; narrow the pattern"
 _FEWEST_SHARDS = 2
 _WILDCARDS = "*?["
-_NUMBERED = re.compile(r"(.*?)(\d{2,})(\.[a-z.]+)")
+_NUMBERED = re.compile(r"(.*?)(\d{2,}|(?:(?<=[-_])|^)\d)(\.[a-z.]+)")
+"""The name of a shard. A digit alone has a hyphen or underscore in front: rows_v1 and rows_v2 are two versions."""
 _PLAIN_NAME = re.compile(r"[\w-][\w.-]*", re.ASCII)
 
 _FOREIGN = {
@@ -108,7 +109,9 @@ def _find_glob(pattern: str) -> list[Path]:
 
 
 def _numbered(folder: Path) -> list[Path]:
-    """The files of a folder if they are shards: one name except for numbers of equal width, from 0 or 1 without gaps.
+    """The files of a folder if they are shards: one name except for numbers from 0 or 1 without gaps, in their order.
+
+    The numbers have one width, or no leading zeros.
 
     Raises:
         DataError: The folder has a further shard that cannot be read: a broken link, another compression, or not yet
@@ -121,10 +124,13 @@ def _numbered(folder: Path) -> list[Path]:
     if (
         len(numbered) < _FEWEST_SHARDS
         or len(numbered) < len(files)
-        or len({(p[1], len(p[2]), p[3]) for p in numbered}) > 1
+        or len({(part[1], part[3]) for part in numbered}) > 1
     ):
         return []
-    numbers = [int(part[2]) for part in numbered]
+    if len({len(part[2]) for part in numbered}) > 1 and any(str(int(part[2])) != part[2] for part in numbered):
+        return []
+    by_number = sorted((int(part[2]), file) for part, file in zip(numbered, files, strict=True))
+    numbers, files = [number for number, _ in by_number], [file for _, file in by_number]
     if numbers not in (list(range(len(files))), list(range(1, len(files) + 1))):
         return []
     _check_all_read(files, inside)

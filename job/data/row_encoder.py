@@ -25,6 +25,13 @@ from job.data.preferences import (
     encode_answers,
     is_conversation,
 )
+from job.data.prompt_messages import (
+    FIELDS,
+    count_prompt_messages,
+    has_prompt_messages,
+    in_prompt_and_completion,
+    join_prompt_messages,
+)
 from job.data.remarks import MISSING, Remark, Tally, tally
 from job.data.schemas import (
     Schema,
@@ -218,18 +225,24 @@ class RowEncoder:
             what = f"must be {other}, as in the first row, is {kind}"
             return [RowError("wrong_type", f"{row.where} {SIDES[schema][0]}", what)], None
         original = row
-        if schema == "messages" and is_sharegpt(row.fields):
-            converted = as_messages(row)
+        if schema == "messages":
+            converted = _as_messages(row)
             if isinstance(converted, list):
-                return converted, None
+                return list(in_own_names(converted, original, names)), None
             row = converted
         if faults := check_row(row, schema):
-            faults = naming_other_schema(with_near_names(in_conversations(faults, original), original), row, schema)
+            faults = with_near_names(_in_original(faults, original), original, schema, names)
+            faults = naming_other_schema(faults, row, schema)
             return list(in_own_names(faults, original, names)), None
-        loss_on = self._reading.loss_on
-        text = render(row, schema, template, turns=None if loss_on == "all" else loss_on)
+        loss_on, of_prompt = self._reading.loss_on, 0
+        if schema == "messages":
+            of_prompt = count_prompt_messages(original.fields)
+        turns = None if loss_on == "all" else loss_on
+        text = render(row, schema, template, turns=turns, prompt_messages=of_prompt)
         if isinstance(text, RowError):
-            return in_conversations([text], original), None
+            return _in_original([text], original), None
+        if of_prompt and isinstance(text, Rendered):
+            text = replace(text, where=f"{row.where} {max(FIELDS, key=lambda name: len(str(original.fields[name])))}")
         if self._reading.compare:
             text = replace(text, own_texts=own_texts(row, schema))
         return text, row
@@ -261,3 +274,15 @@ class RowEncoder:
         texts = [first.removeprefix(begin), *others]
         texts[-1] = texts[-1].removesuffix(end)
         return tuple(word for text in texts for word in self._pattern.findall(text))
+
+
+def _as_messages(row: Row) -> Row | list[RowError]:
+    """A row of the schema `messages` with its conversation as `messages`, or all that prevents that."""
+    if has_prompt_messages(row.fields):
+        return join_prompt_messages(row)
+    return as_messages(row) if is_sharegpt(row.fields) else row
+
+
+def _in_original(faults: list[RowError], original: Row) -> list[RowError]:
+    """Faults of a row that `_as_messages` converted, with their locations in the original row."""
+    return in_prompt_and_completion(in_conversations(faults, original), original)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from itertools import chain
 
 from job.common.methods import METHODS, MethodName, methods_for
-from job.data.bad_rows import BadRows
+from job.data.bad_rows import FIELDS_SETTING, BadRows
 from job.data.formats import Line, Lines, Row, RowError
-from job.data.schemas import REQUIRED, Schema, detect_schema, has_required, nearest_field
+from job.data.prompt_messages import has_prompt_messages
+from job.data.schemas import REQUIRED, Schema, detect_schema, has_required, nearest_field, usual_name
 from job.errors import DataError, Problem
 
 
@@ -34,10 +35,13 @@ def settle_schema(
 ) -> tuple[Schema, Lines]:
     """The schema, by name or by the first row that is an object; and the rows, that one included.
 
+    Rows of prompts and completions that are lists of messages are of the schema `messages`, by either name.
     `decode` returns the row of a line, with the schemas' names of fields.
     """
     if schema is not None:
-        return schema, rows
+        first, rows = peek(rows, decode)
+        conversation = schema == "prompt_completion" and first is not None and has_prompt_messages(first.fields)
+        return "messages" if conversation else schema, rows
     for line in rows:
         row = decode(line)
         if isinstance(row, RowError):
@@ -73,24 +77,11 @@ def _why_no_schema(row: Row, among: Collection[str], method: MethodName) -> str:
     near = [(field, found) for field in wanted if (found := nearest_field(field, row.fields)) is not None]
     meant = "".join(f"; {found!a} may be a misspelt {field}" for field, found in near)
     schema = next(schema for schema in ("prompt_completion", *REQUIRED) if schema in among)
-    names = ",".join(f"{field}={_usual_name(field, row.fields) or 'NAME'}" for field in REQUIRED[schema])
+    names = ",".join(f"{field}={usual_name(field, row.fields) or 'NAME'}" for field in REQUIRED[schema])
     return (
         f"fits no schema. It has the fields {fields}; known are {schemas}{meant}; "
-        f"JOB_DATA__FIELDS={names} takes them from fields of other names"
+        f"{FIELDS_SETTING}{names} takes them from fields of other names"
     )
-
-
-_USUAL_NAMES = {
-    "prompt": ("question", "query", "problem", "instruction", "input"),
-    "completion": ("answer", "response", "output", "solution", "target"),
-}
-"""Names that public data sets give to a field of ours, the most frequent first."""
-
-
-def _usual_name(field: str, fields: Iterable[str]) -> str | None:
-    """The field of a row that is likely meant for a field of ours; None if there is none."""
-    by_name = {name.lower(): name for name in fields}
-    return next((by_name[name] for name in _USUAL_NAMES.get(field, ()) if name in by_name), None)
 
 
 def peek(rows: Lines, decode: Callable[[Row | RowError | Line], Row | RowError]) -> tuple[Row | None, Lines]:

@@ -6,6 +6,7 @@
 | prompt_completion | prompt, completion | both, concatenated | completion |
 | messages | messages: list of {role, content}; optional: tools | the chat template | the assistant's turns |
 | messages | conversations: list of {from, value}; optional: system, tools | `job.data.sharegpt` | the same |
+| messages | prompt, completion: lists of {role, content}; optional: tools | `job.data.prompt_messages` | completion |
 | text | text | unchanged | all of it |
 | preference, unpaired_preference | `job.data.preferences` | prompt and answer | the answer |
 
@@ -18,11 +19,12 @@ To add a schema: enter it in `Schema`, `REQUIRED`, `_OPTIONAL` and `PROMPTS`, an
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
+from job.data.bad_rows import FIELDS_SETTING
 from job.data.chat_template import Template
 from job.data.conversations import Turns, check_messages, render_messages, texts_of_messages
 from job.data.fields import Rendered, check_target, check_text, find_invalid_utf8, is_empty, is_zero, left_out
@@ -36,6 +38,7 @@ from job.data.preferences import (
     render_preference,
     texts_of_preference,
 )
+from job.data.prompt_messages import has_prompt_messages
 from job.data.sharegpt import is_sharegpt
 
 Schema = Literal["alpaca", "prompt_completion", "messages", "text", "preference", "unpaired_preference"]
@@ -62,7 +65,7 @@ _OPTIONAL: dict[Schema, tuple[str, ...]] = {
 }
 FIELDS: dict[str, tuple[str, ...]] = {
     **{schema: (*REQUIRED[schema], *_OPTIONAL[schema]) for schema in SCHEMAS},
-    "messages": ("messages", "conversations", "tools", "system"),
+    "messages": ("messages", "conversations", "prompt", "completion", "tools", "system"),
 }
 """Schema -> all fields that it has a use for."""
 _NEAR = 0.75
@@ -125,8 +128,10 @@ def detect_schema(fields: dict[str, Any], among: Collection[str] = SFT_SCHEMAS) 
     return next(whole, None) or next(half, None)
 
 
-def has_required(fields: Collection[str], schema: Schema) -> bool:
-    """Whether a row has all required fields of a schema."""
+def has_required(fields: Mapping[str, Any], schema: Schema) -> bool:
+    """Whether a row has all required fields of a schema. Lists of messages as prompt and completion are messages."""
+    if has_prompt_messages(fields) and schema in {"prompt_completion", "messages"}:
+        return schema == "messages"
     return all(field in fields for field in REQUIRED[schema])
 
 
@@ -152,24 +157,52 @@ def check_row(row: Row, schema: Schema) -> list[RowError]:
     return faults + check_target(row.fields, target, row.where)
 
 
-def with_near_names(faults: Sequence[RowError], row: Row) -> list[RowError]:
-    """The faults of a row, with the row's own field in that of a missing one whose name may be misspelled in the row.
+def with_near_names(faults: Sequence[RowError], row: Row, schema: Schema, names: Mapping[str, str]) -> list[RowError]:
+    """The faults of a row, with the row's own field that a missing one is likely found under.
 
-    A field that is not read under its name is then not reported separately.
+    It may be misspelled, or have a name that is usual in public data sets; then the setting that reads all such rows is
+    named, with the `names` that are set already. A misspelled field is not reported separately.
     """
     near: dict[str, str] = {}
+    usual: dict[str, str] = {}
     for fault in faults:
         field = fault.where.removeprefix(f"{row.where} ")
         if fault.kind == "missing_field" and field.isidentifier() and field not in row.fields:
-            nearest = nearest_field(field, row.fields)
-            near |= {} if nearest is None else {fault.where: nearest}
+            if (nearest := nearest_field(field, row.fields)) is not None:
+                near[fault.where] = nearest
+            elif (name := usual_name(field, row.fields)) is not None:
+                usual[field] = name
     read_under_no_name = {f"{row.where} {field}" for field in near.values()}
     advice = {where: f"if it is {name!a}, rename it, or map it with JOB_DATA__FIELDS" for where, name in near.items()}
+    # An optional field that is not mapped would be left out: Dolly's context.
+    optional = ((field, usual_name(field, row.fields)) for field in _OPTIONAL[schema] if field not in row.fields)
+    mapping = {**names, **usual, **{field: name for field, name in optional if name not in {None, *usual.values()}}}
+    setting = ",".join(f"{field}={name}" for field, name in mapping.items())
+    advice |= {
+        f"{row.where} {field}": f"if all rows have it as {name!a}, set {FIELDS_SETTING}{setting}"
+        for field, name in usual.items()
+    }
     return [
         replace(fault, what=f"{fault.what}; {advice[fault.where]}") if fault.where in advice else fault
         for fault in faults
         if fault.where not in read_under_no_name
     ]
+
+
+_USUAL_NAMES = {
+    "prompt": ("question", "query", "problem", "instruction", "input"),
+    "completion": ("answer", "response", "output", "solution", "target"),
+    "instruction": ("question", "query", "problem", "input"),
+    "input": ("context",),
+    "output": ("response", "answer", "completion", "solution", "target"),
+}
+"""Names that public data sets give to a field of ours, the most frequent first."""
+
+
+def usual_name(field: str, fields: Iterable[str]) -> str | None:
+    """The field of a row that is likely meant for a field of ours; None if there is none."""
+    by_name = {name.lower(): name for name in fields}
+    return next((by_name[name] for name in _USUAL_NAMES.get(field, ()) if name in by_name), None)
 
 
 def naming_other_schema(faults: Sequence[RowError], row: Row, schema: Schema) -> list[RowError]:
@@ -231,7 +264,7 @@ def repeats_prompt(row: Row, schema: Schema) -> str | None:
 
 
 def render(
-    row: Row, schema: Schema, template: Template | None, *, turns: Turns | None
+    row: Row, schema: Schema, template: Template | None, *, turns: Turns | None, prompt_messages: int = 0
 ) -> Rendered | Answers | RowError:
     """The text of a row that `check_row` found valid, or for a row of preferences its texts.
 
@@ -240,6 +273,7 @@ def render(
         schema: Its schema.
         template: Renders messages; rows of texts do not use it.
         turns: Which turns of a conversation are its completions; None for the whole conversation.
+        prompt_messages: As of `render_messages`.
 
     Returns:
         The rendered row; a fault where the chat template refuses the conversation.
@@ -252,7 +286,7 @@ def render(
     if schema == "messages":
         if template is None:
             raise ValueError("messages need a chat template")
-        return render_messages(row, template, turns=turns)
+        return render_messages(row, template, turns=turns, prompt_messages=prompt_messages)
     fields = row.fields
     if schema == "alpaca":
         prompt, completion = alpaca_prompt(fields), fields["output"]

@@ -28,6 +28,7 @@ from job.settings.layers import GivenValue
 from job.settings.markers import BelongsTo, ResultEffect, find_markers
 from job.settings.presets import PRESETS
 from job.settings.schema import NAMES, READING, Settings
+from job.settings.secret_files import read_secret_files
 from job.settings.sources import SECRETS_DIR, Request, nested, setting_at
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "plain_values",
     "preset_values",
     "redacted",
+    "secret_files",
     "secrets",
     "trackers",
 ]
@@ -106,6 +108,7 @@ def load_settings(
         Problem(setting_at(name, settings.sources[name]), what) for name, what in faults if name not in invalid
     ]
     problems += [Problem(f"{variable} (environment)", what) for variable, what in find_faults(environ)]
+    problems += read_secret_files(environ)[1]
     if problems:
         raise SettingsError(problems)
     return settings
@@ -191,7 +194,7 @@ def load_reading(arguments: Sequence[str] = (), environ: Mapping[str, str] | Non
         for name, item in request.given.items()
         if item.source == "command line" and name not in READING
     ]
-    if problems := [*request.problems, *useless, *invalid.values()]:
+    if problems := [*request.problems, *useless, *invalid.values(), *read_secret_files(environ)[1]]:
         raise SettingsError(problems)
     return settings
 
@@ -263,6 +266,11 @@ def foreign_variables(environ: Mapping[str, str] | None = None) -> list[str]:
 def environment() -> dict[str, str]:
     """A copy of the environment, for processes that the job starts."""
     return dict(os.environ)
+
+
+def secret_files(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The readable secrets that are given as files, by variable; `load_settings` refuses the others."""
+    return read_secret_files(os.environ if environ is None else environ)[0]
 
 
 def secrets(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:

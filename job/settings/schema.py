@@ -415,10 +415,10 @@ class Train(Group):
     """
     loss_on: AffectsResult[Literal["all", "completion", "assistant", "last"]] = "all"
     """Tokens that the loss counts, for sft and for the first stage of `sft,dpo`. `all`: all tokens; `completion`: those
-    of the completion (the answer), in messages all turns of the assistant; `assistant`: the assistant's turns, as
-    marked by `{% generation %}` in the chat template, or by TRL's training template for it if there is one; `last`: the
-    assistant's last turn. With `assistant` and `last`, a row with a turn that does not end with a special token is
-    invalid."""
+    of the completion (the answer), in messages all turns of the assistant, in a `completion` of messages all of them;
+    `assistant`: the assistant's turns, as marked by `{% generation %}` in the chat template, or by TRL's training
+    template for it if there is one; `last`: the assistant's last turn. Of a `prompt` of messages no turn is counted but
+    with `all`. With `assistant` and `last`, a row with a turn that does not end with a special token is invalid."""
     compute: AffectsResult[Literal["dtype", "fp8"]] = "dtype"
     """Format of the products with the frozen weights in training. `dtype`: JOB_MODEL__DTYPE; `fp8`: e4m3 with one scale
     for each row, on GPUs with compute capability 8.9 or higher (Ada, Hopper). The adapter's own products, validation

@@ -26,6 +26,7 @@ from tests.helpers import read_jsonl
 from tests.s3_server import BUCKET, CREDENTIALS, credentials, moto_server
 
 ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "<script>document.title = 'run'</script><img src=x onerror=\"document.title = 'run'\">"
 A4_WIDTH = 794
@@ -58,7 +59,6 @@ def twice(tmp_path_factory: pytest.TempPathFactory) -> Run:
         "JOB_COST__USD_PER_HOUR": "1.20",
         "JOB_RUN__OUTPUT": str(output),
         "JOB_CHECKPOINT__EVERY_STEPS": "10",
-        "JOB_EVAL__LIMIT": "120",
     }
     codes = [job("run", "--preset", "demo", **changes).returncode for _ in range(3)]
     assert codes == [75, 75, 0]
@@ -180,6 +180,34 @@ def test_it_tells_what_happened(twice: Run) -> None:
     assert (len(better), len(worse)) == (task["improved"], task["regressed"])
     assert f'<p dir="auto">{better[0].text}</p>' in content
     assert "sigterm@step=12" in content
+
+
+def test_the_gain_is_what_the_readme_says(twice: Run) -> None:
+    """The promise of the demo: significant (p < 0.01 by McNemar's test), and the README's shares, rounded."""
+    task = twice.results["evaluation"]["tasks"]["arc_easy"]
+    assert task["verdict"] == "improved"
+    assert task["mcnemar_p"] < 0.01
+    (questions,) = re.findall(r"`arc_easy` has (\d+) made-up questions", README)
+    ((before, after),) = re.findall(r"(\d+) % of the questions answered correctly before training, (\d+) %", README)
+    assert task["n"] == int(questions)
+    assert [round(100 * task[side]["acc"]) for side in ("base", "adapter")] == [int(before), int(after)]
+
+
+def test_the_readmes_code_prints_what_it_says(twice: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """The script that loads the adapter prints the answer that the README names; it is the right one."""
+    told, code = README.partition("## Use the adapter")[2].split("```python\n")[:2]
+    (answer,) = re.findall(r"the adapter's answer, `(\w+)`, which is right", " ".join(told.split()))
+    code = code.partition("```")[0].replace("job/demo/base", str(ROOT / "job/demo/base"))
+    exec(re.sub(r'"runs/[^"]*"', repr(str(twice.folder / "artifacts/adapter")), code), {})  # what a user does
+    (prompt,) = re.findall(r'tokenizer\("(.*?)"', code)
+    prompt = prompt.replace("\\n", "\n")
+    said = capsys.readouterr().out.partition(prompt)[2]
+    assert re.match(rf" {answer}\s", said)
+    name = prompt.removeprefix("Question: ").split()[0]
+    questions = read_jsonl(ROOT / "job/demo/questions.jsonl")
+    asked = [one for one in questions if name in one["question"] and answer in one["choices"]["text"]]
+    right = {one["choices"]["text"][one["choices"]["label"].index(one["answerKey"])] for one in asked}
+    assert right == {answer}
 
 
 def _records(run: Run, side: str) -> list[dict[str, Any]]:

@@ -34,14 +34,15 @@ def test_rows_are_asked_as_training_writes_them(tmp_path: Path) -> None:
         {"prompt": [ASK], "chosen": [MAT], "rejected": [SYSTEM]},
         {"conversations": [{"from": "human", "value": "cat?"}, {"from": "gpt", "value": "mat."}]},
         {"messages": [ASK]},
+        {"prompt": [ASK], "completion": [MAT]},
     ]
     found = read(write_jsonl(tmp_path / "p.jsonl", rows))
-    assert [prompt.reference for prompt in found] == [" sat", "the cat", "mat.", None, "mat.", None]
+    assert [prompt.reference for prompt in found] == [" sat", "the cat", "mat.", None, "mat.", None, "mat."]
     assert found[0].text == "the cat"
     assert found[2].text == "<|system|>be a cat</s><|user|>cat?</s><|assistant|>mat.</s><|user|>cat?</s><|assistant|>"
-    assert found[3].text == found[4].text == found[5].text == "<|user|>cat?</s><|assistant|>"
+    assert found[3].text == found[4].text == found[5].text == found[6].text == "<|user|>cat?</s><|assistant|>"
     assert found[4].where == "p.jsonl:5"
-    for row, prompt in ((rows[0], found[0]), (ALPACA, found[1]), (rows[4], found[4])):
+    for row, prompt in ((rows[0], found[0]), (ALPACA, found[1]), (rows[4], found[4]), (rows[6], found[6])):
         path = write_jsonl(tmp_path / "one.jsonl", [row])
         how: dict[str, Any] = {**READING, "loss_on": "completion", "tokenizer": toy_tokenizer(CHATML)}
         (example,), _ = load_examples(str(path), **how)

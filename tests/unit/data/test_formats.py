@@ -392,6 +392,44 @@ def test_globs_and_numbered_shards_are_read_in_order(tmp_path: Path) -> None:
         find_files(str(tmp_path), "train")
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["part-0.jsonl", "part-1.jsonl"],
+        [f"part_{number}.jsonl" for number in range(1, 12)],
+        ["0.jsonl", "1.jsonl"],
+        [f"rows-{number}.jsonl" for number in range(101)],
+    ],
+    ids=["one digit", "from 1 to 11", "only numbers", "from 0 to 100"],
+)
+def test_shards_may_be_numbered_without_leading_zeros(tmp_path: Path, names: list[str]) -> None:
+    """They are read in the order of their numbers, as writers of parts name them."""
+    for name in reversed(names):
+        (tmp_path / name).write_bytes(LINES)
+    assert [file.name for file in find_files(str(tmp_path), "train")[0]] == names
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["rows_v1.jsonl", "rows_v2.jsonl"],
+        ["rows-1.0.jsonl", "rows-1.1.jsonl"],
+        ["part-0.jsonl", "part-2.jsonl"],
+        ["part-0.jsonl", "part-1.csv"],
+        ["train-0.jsonl", "test-1.jsonl"],
+        ["part-0.jsonl", "part-1.jsonl", "part-01.jsonl"],
+        ["part-8.jsonl", "part-9.jsonl"],
+        ["part-0.jsonl", "part-1.jsonl", "other.jsonl"],
+    ],
+)
+def test_files_that_may_be_no_shards_are_not_put_together(tmp_path: Path, names: list[str]) -> None:
+    """Versions, gaps, several names or formats: the error asks for one file or a glob."""
+    for name in names:
+        (tmp_path / name).write_bytes(LINES)
+    with pytest.raises(DataError, match=f"{len(names)} data files, name one, or several by a glob"):
+        find_files(str(tmp_path), "train")
+
+
 @pytest.mark.parametrize("suffix", [".jsonl.zst", ".csv.zst", ".arrow"])
 def test_a_damaged_file_is_a_fault(tmp_path: Path, suffix: str) -> None:
     """A file that is cut off anywhere, or is no such file, gives a fault that names it, never an exception."""

@@ -36,6 +36,42 @@ def test_a_misspelled_field_is_named(tmp_path: Path) -> None:
         load(path)
 
 
+@pytest.mark.parametrize(
+    ("row", "schema", "field", "setting"),
+    [
+        ({"prompt": "a", "response": "b"}, "prompt_completion", "completion", "completion=response"),
+        ({"completion": "b", "question": "a"}, "prompt_completion", "prompt", "prompt=question"),
+        (
+            {"instruction": "a", "context": "c", "response": "b", "category": "x"},
+            *("alpaca", "output", "output=response,input=context"),
+        ),
+        ({"instruction": "a", "Answer": "b"}, "alpaca", "output", "output=Answer"),
+    ],
+    ids=["prompt, response", "question, completion", "Dolly", "upper case"],
+)
+def test_a_usual_name_of_a_missing_field_is_named_with_its_setting(
+    tmp_path: Path, row: dict[str, str], schema: str, field: str, setting: str
+) -> None:
+    """In place of the advice to skip the rows; the setting reads them, Dolly's `context` included."""
+    path = lines(tmp_path / "x.jsonl", row, row)
+    names = dict(pair.split("=") for pair in setting.split(","))
+    with pytest.raises(DataError) as caught:
+        load(path)
+    advice = f"is missing; if all rows have it as {names[field]!r}, set JOB_DATA__FIELDS={setting}"
+    assert [str(problem) for problem in caught.value.problems] == [f"{path}:{n} {field}: {advice}" for n in (1, 2)]
+    assert "JOB_DATA__ON_BAD_ROW" not in str(caught.value)
+    examples, record = load(path, field_names=names)
+    assert record.format == schema
+    assert all(row[own] in text_of(examples[0]) for own in names.values())
+
+
+def test_names_that_are_set_stay_in_the_setting(tmp_path: Path) -> None:
+    """The setting that is named contains the names that JOB_DATA__FIELDS has already."""
+    path = lines(tmp_path / "x.jsonl", {"q": "a", "response": "b"})
+    with pytest.raises(DataError, match=r"set JOB_DATA__FIELDS=prompt=q,completion=response$"):
+        load(path, field_names={"prompt": "q"})
+
+
 def test_pairs_are_one_problem(tmp_path: Path) -> None:
     """Rows of preferences under `sft` are told once, with the method for them; each row is, under a named schema."""
     path = lines(tmp_path / "x.jsonl", *[{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3)
