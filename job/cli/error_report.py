@@ -12,6 +12,7 @@ from job.common.out_of_memory import give_back_reserve, out_of_memory, print_one
 from job.errors import JobError, NoProgress, Preempted, TrainingFailed
 from job.platforms.detect import Platform
 from job.settings.load import current_place, secrets
+from job.settings.training_stages import SUFFIX
 
 if TYPE_CHECKING:
     from job.runs.run_log import IdleLimit
@@ -114,6 +115,8 @@ def _resume_with(error: JobError) -> dict[str, str]:
     """What resumes the run: its id may have been generated, and a terminal shows it in the first line only."""
     run = log.context()
     begun = error.retry != "no" and "attempt" in run and "run" in run
+    # The id of a first training stage resumes nothing: it is made of the whole run's, which may be too long for it.
+    begun = begun and not run["run"].endswith(SUFFIX)
     return {"resume_with": f"JOB_RUN__ID={run['run']}"} if begun else {}
 
 

@@ -26,7 +26,6 @@ from job.data.conversations import texts_of_messages
 from job.data.fields import find_invalid_utf8
 from job.data.files import find_file
 from job.data.formats import NOT_UTF8, TO_UTF8, Row, RowError, other_encoding, read_rows, what_to_convert
-from job.data.prompt_messages import has_prompt_messages
 from job.data.schemas import alpaca_prompt
 from job.data.sharegpt import as_messages, in_conversations, is_sharegpt
 from job.data.text_tokenizer import text_tokenizer
@@ -245,9 +244,6 @@ def _of_conversation(
         reference = texts[0] if texts and isinstance(texts[0], str) else None
     if not prompt:
         return RowError("prompt", f"{row.where} messages", "has no message to answer")
-    if reference is None and has_prompt_messages(fields) and isinstance(fields["completion"], list):
-        answers = (one for one in fields["completion"] if isinstance(one, dict) and one.get("role") == "assistant")
-        reference = next((text for text in texts_of_messages(answers) if isinstance(text, str)), None)
     tools = fields.get("tools")
     try:
         tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or None

@@ -5,7 +5,8 @@
 | prompt: list of {role, content} | the first of messages, which are in the loss only with JOB_TRAIN__LOSS_ON=all |
 | completion: list of {role, content} | the messages behind them |
 
-A `messages` beside them must be the two together. A text is not mixed with messages: TRL fails on such a row as well.
+If a row has `messages` beside them, these are its conversation, and prompt and completion are not used. A text is not
+mixed with messages: TRL fails on such a row as well.
 """
 
 from __future__ import annotations
@@ -26,9 +27,14 @@ def has_prompt_messages(fields: Mapping[str, Any]) -> bool:
     return all(field in fields for field in FIELDS) and any(isinstance(fields[field], list) for field in FIELDS)
 
 
+def are_the_conversation(fields: Mapping[str, Any]) -> bool:
+    """Whether prompt and completion are the conversation of a row; not if it has `messages`, which are it then."""
+    return has_prompt_messages(fields) and is_empty(fields.get("messages"))
+
+
 def count_prompt_messages(fields: Mapping[str, Any]) -> int:
     """How many of the row's messages are its prompt; 0 for rows of another form."""
-    return len(fields["prompt"]) if has_prompt_messages(fields) else 0
+    return len(fields["prompt"]) if are_the_conversation(fields) else 0
 
 
 def join_prompt_messages(row: Row) -> Row | list[RowError]:
@@ -40,17 +46,13 @@ def join_prompt_messages(row: Row) -> Row | list[RowError]:
     if not any(isinstance(message, dict) and _is_answer(message) for message in completion):
         what = "has no message of role assistant: there is nothing to learn"
         return [RowError("empty_target", f"{row.where} completion", what)]
-    messages, given = [*prompt, *completion], row.fields.get("messages")
-    if not is_empty(given) and given != messages:
-        what = "is not the messages of prompt and completion; remove it, or remove prompt and completion"
-        return [RowError("field_without_use", f"{row.where} messages", what)]
     others = {name: value for name, value in row.fields.items() if name not in FIELDS}
-    return Row(row.where, {**others, "messages": messages})
+    return Row(row.where, {**others, "messages": [*prompt, *completion]})
 
 
 def in_prompt_and_completion(faults: list[RowError], original: Row) -> list[RowError]:
     """Faults of the joined row with their locations in the original row; those of other rows unchanged."""
-    if not has_prompt_messages(original.fields):
+    if not are_the_conversation(original.fields):
         return faults
     return [replace(fault, where=locate(fault.where, original)) for fault in faults]
 

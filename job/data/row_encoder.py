@@ -27,8 +27,8 @@ from job.data.preferences import (
 )
 from job.data.prompt_messages import (
     FIELDS,
+    are_the_conversation,
     count_prompt_messages,
-    has_prompt_messages,
     in_prompt_and_completion,
     join_prompt_messages,
 )
@@ -278,7 +278,7 @@ class RowEncoder:
 
 def _as_messages(row: Row) -> Row | list[RowError]:
     """A row of the schema `messages` with its conversation as `messages`, or all that prevents that."""
-    if has_prompt_messages(row.fields):
+    if are_the_conversation(row.fields):
         return join_prompt_messages(row)
     return as_messages(row) if is_sharegpt(row.fields) else row
 

@@ -11,7 +11,7 @@ from job.common.tables import aligned
 from job.errors import exit_codes
 from job.results.status import AttemptEnd, Resume, RunStatus
 from job.runs.killed_for_memory import FIX
-from job.runs.layout import Stage
+from job.runs.layout import FIRST_STAGE, Stage
 from job.storage.open import is_remote
 
 T = TypeVar("T")
@@ -146,12 +146,13 @@ def _resume(resume: Resume) -> str:
 def _to_resume(status: RunStatus) -> str | None:
     """How a run that waits for its next attempt is started: its id may have been generated, and then nobody set it.
 
-    An export has an id that the job makes of another run's.
+    An export has an id that the job makes of another run's; a first training stage is started by the whole run.
     """
     waits = status.resume is not None and status.state in {"preempted", "killed", "failed"}
-    if not waits or status.exported_run is not None:
+    name = status.run.rstrip("/").rpartition("/")[2]
+    if not waits or status.exported_run is not None or name == FIRST_STAGE.rstrip("/"):
         return None
-    return f"the same command with JOB_RUN__ID={status.run.rstrip('/').rpartition('/')[2]}"
+    return f"the same command with JOB_RUN__ID={name}"
 
 
 def _end(end: AttemptEnd, newest: int | None) -> str:

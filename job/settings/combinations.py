@@ -490,13 +490,11 @@ def _without_subject(settings: Settings) -> Iterator[Fault]:
     """What somebody set of a thing that is not there: a run that is not signed in spite of a password, for example."""
     values = settings.model_dump()
     for name, subject in _OF.items():
-        (group, key), source = subject.split("."), settings.sources[name]
-        if values[group][key] is None and not source.startswith(("default", "preset")):
+        (group, key), (its_group, its_key), source = subject.split("."), name.split("."), settings.sources[name]
+        # A template that writes out all values gives the default, too.
+        is_default = values[its_group][its_key] == type(getattr(settings, its_group)).model_fields[its_key].default
+        if values[group][key] is None and not is_default and not source.startswith(("default", "preset")):
             yield name, f"has no effect without {environment_name(subject)}; set both, or remove it"
-    data = settings.data
-    if not isinstance(data.validation, str) and settings.sources["data.validation_split"] != "default":
-        what = "is a split of a source in JOB_DATA__VALIDATION, which is a share or number of rows, or empty; remove it"
-        yield "data.validation_split", what
 
 
 def _start(settings: Settings) -> Iterator[Fault]:

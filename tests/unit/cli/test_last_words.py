@@ -69,6 +69,16 @@ def test_an_interrupted_attempt_says_with_which_id_it_is_resumed(
     assert line.get("resume_with") == told
 
 
+def test_the_id_of_a_first_training_stage_resumes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is made of the whole run's; given as an id, it would begin another run."""
+    log.configure("json", "info", run="20261130-1-sft", attempt=1)
+    try:
+        error_report.report(Preempted("SIGINT"), Platform("docker"))
+    finally:
+        log.clear_context()
+    assert "resume_with" not in json.loads(capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA error: out of memory")])
 def test_memory_that_runs_out_is_no_bug(error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Wherever it happens: exit code 70, which is not retried, and the settings to lower."""

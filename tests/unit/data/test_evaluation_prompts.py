@@ -37,7 +37,8 @@ def test_rows_are_asked_as_training_writes_them(tmp_path: Path) -> None:
         {"prompt": [ASK], "completion": [MAT]},
     ]
     found = read(write_jsonl(tmp_path / "p.jsonl", rows))
-    assert [prompt.reference for prompt in found] == [" sat", "the cat", "mat.", None, "mat.", None, "mat."]
+    # The last has no reference, as before its completion was read: references are hashed, and a run must resume.
+    assert [prompt.reference for prompt in found] == [" sat", "the cat", "mat.", None, "mat.", None, None]
     assert found[0].text == "the cat"
     assert found[2].text == "<|system|>be a cat</s><|user|>cat?</s><|assistant|>mat.</s><|user|>cat?</s><|assistant|>"
     assert found[3].text == found[4].text == found[5].text == found[6].text == "<|user|>cat?</s><|assistant|>"

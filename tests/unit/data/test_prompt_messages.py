@@ -131,8 +131,6 @@ def test_other_names_and_a_named_schema(tmp_path: Path) -> None:
     assert load(other, MARKED, "completion", field_names=names)[0] == plain
     for schema in ("prompt_completion", "messages"):
         assert load(tmp_path / "x.jsonl", MARKED, "completion", schema=schema)[0] == plain
-    both = lines(tmp_path / "z.jsonl", *({**row, "messages": [*row["prompt"], *row["completion"]]} for row in ROWS))
-    assert load(both, MARKED, "completion")[0] == plain
 
 
 @pytest.mark.parametrize(
@@ -150,7 +148,6 @@ def test_other_names_and_a_named_schema(tmp_path: Path) -> None:
         ({"prompt": [SYSTEM, "cat?"], "completion": [MAT]}, "prompt[1]", "must be an object, is text"),
         ({"prompt": [ASK], "completion": [{"content": "mat."}]}, "completion[0] role", "is missing"),
         ({"prompt": [ASK], "completion": [{"role": "gpt", "content": "m"}]}, "completion[0] role", "rename it to 'ass"),
-        ({"prompt": [ASK], "completion": [MAT], "messages": [ASK, HAT]}, "messages", "is not the messages of prompt"),
         ({"prompt": [ASK], "completion": [MAT], "label": False}, "label", "JOB_TRAIN__METHOD=kto"),
     ],
 )
@@ -164,6 +161,14 @@ def test_what_is_wrong_is_named_by_its_place(tmp_path: Path, row: dict[str, Any]
     assert what in problem.what
     _, record = load(path, CHATML, "completion", on_bad_row="skip")
     assert sum(record.skipped.values()) == 1
+
+
+def test_messages_beside_prompt_and_completion_are_the_conversation(tmp_path: Path) -> None:
+    """As in rows of former versions, whatever prompt and completion are; a run of such rows resumes."""
+    plain, both, text = {"messages": [ASK, HAT]}, {"prompt": [ASK], "completion": [MAT]}, {"completion": "mat."}
+    paths = [lines(tmp_path / f"{n}.jsonl", plain | more) for n, more in enumerate(({}, both, both | text))]
+    first, *others = (load(path, MARKED, "completion", schema="messages")[0] for path in paths)
+    assert others == [first, first]
 
 
 def test_a_row_that_is_too_long_names_its_longer_list(tmp_path: Path) -> None:

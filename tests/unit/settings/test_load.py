@@ -1538,14 +1538,26 @@ def test_a_placement_that_cannot_be(with_it: dict[str, str], said: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "given",
+    [
+        ["--export.hub_private=true"],
+        ["--export.oci_plain_http=false"],
+        ["--data.validation=0.1", "--data.validation_split=test"],
+        ["--train.method=sft,dpo", "--data.sft_source=a", "--data.sft_validation=a", "--data.validation_split=test"],
+    ],
+)
+def test_defaults_and_what_belongs_to_a_run_are_not_refused(given: list[str]) -> None:
+    """A template may write out all defaults; a split is a record of runs, whose settings nobody can remove any more."""
+    assert not [place for place in problems([*given, "--run.seed=-1"]) if not place.startswith("JOB_RUN__SEED")]
+
+
+@pytest.mark.parametrize(
     ("alone", "with_it"),
     [
         (["--export.hub_private=false"], ["--export.hub=org/name"]),
         (["--export.oci_plain_http=true"], ["--export.oci=localhost:5000/a:b"]),
         (["--sign.password=some-words"], ["--sign.key=key.pem"]),
         (["--cost.on_demand_usd_per_hour=3"], ["--cost.usd_per_hour=1"]),
-        (["--data.validation_split=test"], ["--data.validation=org/rows"]),
-        (["--data.validation_split=test", "--data.validation=0.1"], ["--data.validation=org/rows"]),
         (["--storage.kms_key_id=a-key"], ["--run.output=s3://bucket/runs"]),
         (["--storage.kms_key_id=a-key", "--run.output=gs://bucket/runs"], ["--run.output=s3://bucket/runs"]),
         (["--storage.kms_key_id=a-key", "--data.source=s3://bucket/a"], ["--run.output=s3://bucket/runs"]),
