@@ -1,4 +1,4 @@
-"""What the contracts in .github/imports.toml do not hold: quick answers, the environment, no code of strangers."""
+"""Rules that .github/imports.toml cannot express: fast commands, who reads the environment, no code of others."""
 
 from __future__ import annotations
 

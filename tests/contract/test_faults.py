@@ -1,4 +1,4 @@
-"""Each cloud's store behind a proxy that spoils answers: an error of the job or the truth, in bounded time."""
+"""Each cloud store behind a proxy that corrupts answers: a JobError or the right result, in bounded time."""
 
 from __future__ import annotations
 

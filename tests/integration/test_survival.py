@@ -1,4 +1,4 @@
-"""Whole runs that are killed, robbed of their store, or raced: they publish what an undisturbed run publishes."""
+"""Whole runs that are killed, lose their store, or race: they publish what an uninterrupted run publishes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shipped Job, played to its end on this machine: whatever befalls its pods, it ends as its user would want."""
+"""The shipped Job, simulated to its end on this machine: whatever happens to its pods, it ends as intended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shipped templates: they build, every API server would take them, and they agree with the job itself."""
+"""The shipped templates build, are valid for every API server, and agree with the job itself."""
 
 from __future__ import annotations
 

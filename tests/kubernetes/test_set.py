@@ -1,4 +1,4 @@
-"""Two pods of the shipped JobSet: whatever befalls either of them, whichever ends first, the set does the same.
+"""Two pods of the shipped JobSet: whatever happens to either, in whichever order they end, the set reacts the same.
 
 The launchers, the processes' connection and their ends are the job's. The processes are forked instead of started, so
 that they need not import torch, and train nothing.

@@ -1,4 +1,4 @@
-"""The entrypoint: the process ends at once with the command's exit code, and nothing that was written is lost."""
+"""The entry point: the process ends at once with the command's exit code, and no output is lost."""
 
 from __future__ import annotations
 

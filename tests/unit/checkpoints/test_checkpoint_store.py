@@ -1,4 +1,4 @@
-"""Durable checkpoints: published whole or not at all, restored whole or not at all."""
+"""Durable checkpoints: published completely or not at all, restored completely or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Secrets where an address or the name of a file belongs: refused with the fix, and in no output and no file."""
+"""Secrets in an address or file name are refused with the fix, and are in no output and no file."""
 
 from __future__ import annotations
 

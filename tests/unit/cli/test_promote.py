@@ -1,4 +1,4 @@
-"""`promote` and `--rollback` as they are typed, on folders and on S3, alone and in a race."""
+"""`promote` and `--rollback` from the command line, on folders and on S3, alone and in a race."""
 
 from __future__ import annotations
 

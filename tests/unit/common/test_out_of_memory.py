@@ -1,4 +1,4 @@
-"""Memory that runs out ends in words and with a code that is not retried."""
+"""Running out of memory ends with a message and an exit code that is not retried."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows in several processes: the same tokens, records and errors as in one, and no process is left behind."""
+"""Rows in several processes: the same tokens, records and errors as in one, and no process remains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes of this machine: started once, told of signals, ended together, and summed up in one exit code."""
+"""Processes of this machine: started once, sent signals, ended together, with one common exit code."""
 
 from __future__ import annotations
 

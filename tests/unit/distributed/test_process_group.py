@@ -1,4 +1,4 @@
-"""What processes tell each other: here threads, each with its own connection to one store."""
+"""How processes exchange values: here threads, each with its own connection to one store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How processes meet, and how they do not."""
+"""How processes connect, and how connecting fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of questions: each row that makes no question of its task is named."""
+"""Files of questions: each row that is not a valid question of its task is named."""
 
 from __future__ import annotations
 

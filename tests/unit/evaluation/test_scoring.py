@@ -1,4 +1,4 @@
-"""Scoring: many questions in one row, each scored as if every choice were asked alone."""
+"""Scoring: many questions in one packed sequence, each scored as if every choice were computed alone."""
 
 from __future__ import annotations
 

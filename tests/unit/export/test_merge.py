@@ -1,4 +1,4 @@
-"""Merging: the same weights as PEFT's own merge, in the base's own checkpoint, loaded by plain transformers."""
+"""Merging gives the same weights as PEFT's own merge, as a checkpoint that plain transformers loads."""
 
 from __future__ import annotations
 

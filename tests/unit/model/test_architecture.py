@@ -1,4 +1,4 @@
-"""A model's shape from its config.json: the counts are those of the model that would be built."""
+"""A model's shape from its config.json: the counts equal those of the model that is built from it."""
 
 from __future__ import annotations
 

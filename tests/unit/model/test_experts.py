@@ -1,4 +1,4 @@
-"""A mixture's experts in 4 bits: bitsandbytes' own values, transformers' own results, the same bits from everywhere."""
+"""A mixture's experts in 4 bits: bitsandbytes' values, transformers' results, the same bits in every placement."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a model's folder is loaded, and what is refused before anything is."""
+"""Which files of a model's folder are loaded, and what is refused before that."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model: a frozen quantized base that evaluation cannot spoil, and an adapter that plain PEFT can load."""
+"""The model: a frozen quantized base that evaluation does not change, and an adapter that plain PEFT can load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed sequences are used where they come out right on the model itself, and nowhere else."""
+"""Packed sequences are used only if their results are right for the model itself."""
 
 from __future__ import annotations
 

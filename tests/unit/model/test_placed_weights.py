@@ -1,4 +1,4 @@
-"""Weights that do not all lie on the device: whatever computes, and however far it gets, the bits are the same."""
+"""Weights that are not all on the device: the bits are the same whatever computes, also after an interruption."""
 
 from __future__ import annotations
 

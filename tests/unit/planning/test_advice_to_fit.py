@@ -1,4 +1,4 @@
-"""What `plan` advises where no GPU fits: only what would help, with the place of a row that is too long."""
+"""What `plan` advises if no GPU fits: only what would help, with the place of a row that is too long."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is made of, looked at beforehand: as the job will look at it, and what that finds."""
+"""The inputs of a run, checked in advance in the same way as by the job."""
 
 from __future__ import annotations
 

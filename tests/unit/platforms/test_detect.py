@@ -1,4 +1,4 @@
-"""Which platform an environment means, and where things lie there."""
+"""Which platform an environment belongs to, and the paths there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The thread that watches for notices: finds the cloud, raises the flag, and is in nobody's way."""
+"""The thread that polls for spot notices: finds the cloud, sets the stop flag, and disturbs nothing."""
 
 from __future__ import annotations
 

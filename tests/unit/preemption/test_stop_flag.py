@@ -1,4 +1,4 @@
-"""Being stopped: the flag, its deadline, signals, and what still fits before the kill."""
+"""Stopping: the flag, its deadline, signals, and what there is still time for before the kill."""
 
 from __future__ import annotations
 

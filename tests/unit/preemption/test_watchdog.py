@@ -1,4 +1,4 @@
-"""The watchdog: ends a process that makes no progress, says where it hung, and leaves every other one alone."""
+"""The watchdog: ends a process that makes no progress, says where it hung, and never ends others."""
 
 from __future__ import annotations
 

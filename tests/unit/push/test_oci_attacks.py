@@ -1,4 +1,4 @@
-"""Registries that behave badly: a push ends with an error of the job or with one whole version; secrets stay home."""
+"""Registries that misbehave: a push ends with a JobError or one complete version; secrets are not sent elsewhere."""
 
 from __future__ import annotations
 

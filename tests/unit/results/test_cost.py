@@ -1,4 +1,4 @@
-"""What a run cost: the parts add up, and waste is what an undisturbed run would not have paid."""
+"""What a run cost: the parts add up, and waste is what an uninterrupted run would not have paid."""
 
 from __future__ import annotations
 

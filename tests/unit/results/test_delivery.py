@@ -1,4 +1,4 @@
-"""What a platform collects: a complete run's files, each in its place, each what the manifest says."""
+"""What a platform collects: a complete run's files, each in its place and as the manifest lists it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who vouches for which file of a run."""
+"""Which record lists each file of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attempts: the run log says how each one went, stages are done once, and a run stays one experiment."""
+"""Attempts: the run log has each of them, stages are done once, and a run's settings stay the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults on purpose: what can be named, that each fires once in a run, and that nothing is in the way without them."""
+"""Injected faults: their names, each fires once in a run, and there is no effect without them."""
 
 from __future__ import annotations
 

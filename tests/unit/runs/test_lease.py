@@ -1,4 +1,4 @@
-"""The run's lease and the store that only its holder can change."""
+"""The run's lease, and the store that only its holder can change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings: where they may come from, which wins, and what happens when they are wrong."""
+"""Settings: where they come from, which source has precedence, and how errors are reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The evaluation of the base with its original weights: when it is scored, when it is not, and what a restart keeps."""
+"""The evaluation of the base with its original weights: when it is scored, and what a restart reuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Google's and Azure's stores where their servers or the network misbehave. Their contract: tests/contract."""
+"""Google's and Azure's stores if servers or network misbehave. Their contract: tests/contract."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is particular to the store in a local folder."""
+"""What is specific to the store in a local folder."""
 
 from __future__ import annotations
 

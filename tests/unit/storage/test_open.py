@@ -1,4 +1,4 @@
-"""Opening stores by URI, and fetching what lies at one."""
+"""Opening stores by URI, and downloading what is at a URI."""
 
 from __future__ import annotations
 

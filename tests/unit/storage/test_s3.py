@@ -1,4 +1,4 @@
-"""What is particular to S3: its errors, lost answers, stalls, limits, headers, threads."""
+"""What is specific to S3: its errors, lost answers, stalls, limits, headers, threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experiment trackers: they are told everything, by the real libraries offline, and cannot disturb a run."""
+"""Experiment trackers: the real libraries, offline, receive everything and cannot disturb a run."""
 
 from __future__ import annotations
 

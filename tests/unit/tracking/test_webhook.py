@@ -1,4 +1,4 @@
-"""A webhook gets a CloudEvent for each start and end of an attempt; it cannot disturb a run, and no log shows it."""
+"""A webhook gets a CloudEvent for each start and end of an attempt; it cannot disturb a run, and is never logged."""
 
 from __future__ import annotations
 

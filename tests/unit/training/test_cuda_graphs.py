@@ -1,4 +1,4 @@
-"""Recording and replaying a GPU's work. A GPU shows that it works (`tests/bench/gpu.py`); here is what is around it."""
+"""The code around recording and launching CUDA graphs; `tests/bench/gpu.py` tests the graphs on a GPU."""
 
 from __future__ import annotations
 

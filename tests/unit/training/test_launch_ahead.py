@@ -1,4 +1,4 @@
-"""What is launched ahead: a step before the metrics of the one before it, and the optimizer's step behind the sum."""
+"""Launching ahead: a step before the previous step's metrics, and the optimizer's step right after the all-reduce."""
 
 from __future__ import annotations
 

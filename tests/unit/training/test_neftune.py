@@ -1,4 +1,4 @@
-"""NEFTune's noise: that of transformers for one example, and as if alone for each of a packed sequence."""
+"""NEFTune's noise: that of transformers for one example, and in a packed sequence as if each were alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows that several processes compute together: the gradient of one process, the same bits each time."""
+"""Rows that several processes compute together: the same gradient as in one process, repeatable bit by bit."""
 
 from __future__ import annotations
 

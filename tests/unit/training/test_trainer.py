@@ -1,4 +1,4 @@
-"""Training: a step is a fact. What it learns does not depend on how it is carried out."""
+"""Training: the result of a step does not depend on how it is carried out."""
 
 from __future__ import annotations
 

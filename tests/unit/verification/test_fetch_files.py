@@ -1,4 +1,4 @@
-"""Copies: never more than was claimed, never outside their folder, and every difference told."""
+"""Copies for verification: never larger than claimed, never outside their folder, every difference reported."""
 
 from __future__ import annotations
 

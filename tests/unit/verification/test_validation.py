@@ -1,4 +1,4 @@
-"""`verify` of a run that validated: best step, early stop and kept adapter follow from the published losses."""
+"""`verify` of a run with validation: best step, early stop and chosen adapter follow from the published losses."""
 
 from __future__ import annotations
 

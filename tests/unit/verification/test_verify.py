@@ -1,4 +1,4 @@
-"""`verify`: a run that is what it says passes; whatever is changed in it, openly or with its hashes, is named."""
+"""`verify`: an unchanged run passes; any change, even with recomputed hashes, is named."""
 
 from __future__ import annotations
 

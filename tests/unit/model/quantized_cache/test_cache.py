@@ -1,4 +1,4 @@
-"""Kept quantized bases: the same bits, or none at all."""
+"""Cached quantized bases: the same bits, or no base at all."""
 
 from __future__ import annotations
 
