@@ -1,6 +1,6 @@
-"""Azurite, Azure's own emulator of Blob Storage, as a process: `npm install azurite`, which node runs.
+"""Azurite, Azure's own emulator of Blob Storage, as a process of node (`npm install azurite`).
 
-It is looked for where AZURITE says (the folder of the npm package), and in the folders that npm installs into.
+It is searched for in AZURITE (the folder of the npm package), and in the folders that npm installs into.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MISSING = "needs Azurite: npm install azurite, and AZURITE=<folder>/node_modules
 
 @cache
 def _program() -> str | None:
-    """The file that node runs; None where Azurite or node is not there."""
+    """The file that node runs; None if Azurite or node is not installed."""
     folders = [os.environ.get("AZURITE", ""), "node_modules/azurite"]
     if (npm := shutil.which("npm")) is not None:
         folders.append(f"{Path(npm).resolve().parents[2]}/azurite")  # npm itself lies in lib/node_modules
@@ -43,7 +43,7 @@ def _program() -> str | None:
 
 
 def settings(url: str) -> dict[str, str]:
-    """The variables with which obstore finds a server that answers as Azure does, and its account."""
+    """The variables with which obstore finds a server with Azure's API, and its account."""
     return {
         "AZURE_STORAGE_ENDPOINT": url,
         "AZURE_STORAGE_ACCOUNT_NAME": ACCOUNT,

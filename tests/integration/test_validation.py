@@ -1,4 +1,4 @@
-"""Whole runs with validation, also on two processes: killed anywhere, they stop at the same step with the same adapter."""
+"""Whole runs with validation, also on two processes: a killed run stops at the same step with the same adapter."""
 
 from __future__ import annotations
 
