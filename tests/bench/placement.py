@@ -1,4 +1,4 @@
-"""A base that is larger than the GPU, on the GPU: `python tests/bench/placement.py [--tiny] [SECTION ...]`.
+"""Training with a base larger than the GPU's memory: `python tests/bench/placement.py [--tiny] [SECTION ...]`.
 
 Llama-70B's shape with random NF4 bytes, Alpaca's real lengths, a few steps by the job's own trainer with the plan that
 it chooses. A limit on torch's allocator simulates a smaller GPU.
