@@ -134,7 +134,7 @@ def test_the_reader_of_the_environment_is_found_out() -> None:
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_no_code_of_strangers_is_run(name: str) -> None:
-    """No code of a model's or a data set's repository, no pickles, no evaluated text."""
+    """No code from a model's or a data set's repository, no pickles, no evaluated text."""
     tree = SOURCES[name]
     assert not {module.split(".")[0] for module in imports(tree)} & NEVER_IMPORTED
     for node in ast.walk(tree):

@@ -73,7 +73,7 @@ def pickled(folder: Path) -> None:
 
 
 def spoil(tensors: dict[str, torch.Tensor]) -> None:
-    """Puts a NaN into one of the tensors."""
+    """Writes a NaN into one of the tensors."""
     next(iter(tensors.values()))[0, 0] = torch.nan
 
 
