@@ -83,6 +83,20 @@ def test_conversations_are_rendered_by_the_template(tmp_path: Path, form: str) -
     assert bad.startswith("dog.")
 
 
+def test_openais_pairs_are_read_by_the_names_of_their_fields(tmp_path: Path) -> None:
+    """OpenAI's lines hold the prompt's messages within `input`, beside the tools, of which there are none here."""
+    tokenizer = toy_tokenizer(chat_template=CHATML)
+    line: dict[str, Any] = {
+        "input": {"messages": [ASK], "tools": [], "parallel_tool_calls": True},
+        "preferred_output": [GOOD],
+        "non_preferred_output": [BAD],
+    }
+    names = {"prompt": "input.messages", "chosen": "preferred_output", "rejected": "non_preferred_output"}
+    read, _ = load(tmp_path, line, tokenizer=tokenizer, field_names=names)
+    plain, _ = load(tmp_path, CONVERSATIONS["prompt of messages"], tokenizer=tokenizer)
+    assert [sides(example, tokenizer) for example in read] == [sides(example, tokenizer) for example in plain]
+
+
 WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "the same": ({**PAIR, "rejected": "cd"}, "rejected", "same as chosen"),
     "empty": ({**PAIR, "chosen": " "}, "chosen", "is empty"),
