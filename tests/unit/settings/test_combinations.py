@@ -62,6 +62,7 @@ TABLE: dict[str, list[tuple[str, dict[str, str]]]] = {
         ("--model.placement=sharded --run.processes=2", VALID),
         ("--model.placement=sharded --run.processes=auto", VALID),
         ("--model.placement=sharded --run.nodes=2 --run.id=a --run.rendezvous=h:1", VALID),
+        ("--model.placement=sharded --run.processes=1 --run.nodes=2 --run.id=a --run.rendezvous=h:1", VALID),
         ("--model.placement=sharded --run.processes=1", {"model.placement": "is sharded, but the run has one process"}),
         ("--model.placement=host --run.processes=1", VALID),
     ],
@@ -127,6 +128,11 @@ TABLE: dict[str, list[tuple[str, dict[str, str]]]] = {
             f"{TWO_STAGES},b.jsonl --data.sft_limit=5",
             {"data.sft_limit": "is for one source; give each source its number of rows: JOB_DATA__SFT_SOURCE=name"},
         ),
+        (f"{TWO_STAGES} --data.sft_limit=5", VALID),
+        (
+            "--train.method=sft,dpo --data.sft_limit=5",
+            {"data.sft_source": "must be set with JOB_TRAIN__METHOD=sft,dpo"},
+        ),
     ],
     "validation": [
         ("--data.validation=org/x --data.validation_revision=a", VALID),
@@ -177,6 +183,8 @@ TABLE: dict[str, list[tuple[str, dict[str, str]]]] = {
         ("--gate.on=merged --export.formats=merged", {"gate.on": "has no threshold"}),
         ("--gate.on=merged --gate.min_delta=0", {"gate.on": "is merged, which is not exported"}),
         ("--gate.on=adapter", VALID),
+        ("--export.run=s3://bucket/run --export.formats=merged", VALID),
+        ("--export.run=s3://bucket/run", {"export.formats": "is empty; name the formats in which the run in"}),
         ("--export.hub=me/m --export.hub_revision=b", VALID),
         ("--export.hub_revision=b", {"export.hub_revision": "is a branch of JOB_EXPORT__HUB, which is not set"}),
         ("--export.formats=merged --export.merge_onto=original", VALID),

@@ -888,6 +888,23 @@ class TestCombinations:
             "JOB_RUN__OUTPUT (platform)"
         }
 
+    def test_a_folder_is_asked_for_both_rights(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """To make a file in a folder takes the right to write to it, and that to enter it."""
+        asked = []
+        monkeypatch.setattr(os, "access", lambda path, mode: asked.append((path, mode)) is None)
+        load_settings([f"--run.output={tmp_path}/new", f"--storage.cache={tmp_path}"], {})
+        assert asked == [(tmp_path, os.W_OK | os.X_OK)] * 2
+
+    def test_another_folder_on_sagemaker(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A file system that is mounted elsewhere is no matter of the image."""
+        (tmp_path / "fsx").mkdir()
+        monkeypatch.setattr(os, "access", lambda path, _: Path(path) != tmp_path / "fsx")
+        environ = {"TRAINING_JOB_NAME": "a", "SAGEMAKER_BASE_DIR": str(tmp_path / "ml")}
+        ((where, what),) = problems([f"--run.output={tmp_path}/fsx/runs"], environ).items()
+        assert where == "JOB_RUN__OUTPUT (command line)"
+        assert "give another path, or" in what
+        assert "infra/sagemaker" not in what
+
     def test_an_output_behind_a_broken_link(self, tmp_path: Path) -> None:
         """A link to a volume that is not mounted is found now, not after the training."""
         (tmp_path / "link").symlink_to(tmp_path / "unmounted")
@@ -1535,6 +1552,12 @@ def test_a_placement_that_cannot_be(with_it: dict[str, str], said: str) -> None:
     """What JOB_MODEL__PLACEMENT cannot be combined with is refused before anything is read."""
     with pytest.raises(SettingsError, match=said):
         load_settings(environ={"JOB_MODEL__PLACEMENT": "sharded", **with_it})
+
+
+def test_processes_of_torchrun_are_counted() -> None:
+    """Whatever JOB_RUN__PROCESSES says, which is for the job's own launcher."""
+    given = ["--model.placement=sharded", "--run.processes=1", "--run.id=a"]
+    assert load_settings(given, TORCHRUN).model.placement == "sharded"
 
 
 @pytest.mark.parametrize(
