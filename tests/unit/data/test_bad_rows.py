@@ -62,6 +62,16 @@ def test_the_advice_of_each_kind_that_occurs_ends_the_message(
     assert caught.value.advice == "\n".join(advice)
 
 
+@pytest.mark.parametrize("count", [20, 21])
+def test_the_number_by_kind_is_given_where_not_all_are_named(tmp_path: Path, count: int) -> None:
+    """Twenty problems are all there to be read; of more, the message says how many are of which kind."""
+    path = lines(tmp_path / "x.jsonl", *[EMPTY] * count)
+    with pytest.raises(DataError) as caught:
+        load(path, schema="text")
+    by_kind = ["... and 1 more", f"problems of {path} by kind: 21: {REASONS['empty_target']}"]
+    assert str(caught.value).splitlines()[20:] == [*(by_kind if count > 20 else []), CORRECT.format("rows")]
+
+
 def test_the_advice_of_a_kind_that_is_not_shown(tmp_path: Path) -> None:
     """It is counted and advised, though the first twenty problems are of another kind."""
     with pytest.raises(DataError) as caught:

@@ -141,7 +141,10 @@ def test_other_names_and_a_named_schema(tmp_path: Path) -> None:
         ({"prompt": None, "completion": [MAT]}, "prompt", "is null; it must be a list of messages"),
         ({"prompt": [], "completion": [MAT]}, "prompt", "has no message"),
         ({"prompt": [ASK], "completion": []}, "completion", "has no message"),
-        ({"prompt": [ASK], "completion": [ASK]}, "completion", "has no message of role assistant"),
+        *(
+            ({"prompt": [ASK], "completion": [ASK | {"role": role}]}, "completion", "has no message of role assistant")
+            for role in ("system", "developer", "user", "tool")
+        ),
         ({"prompt": [ASK], "completion": [MAT | {"content": " "}]}, "completion[0] content", "is empty"),
         ({"prompt": [ASK], "completion": [MAT | {"weight": 0}]}, "completion", "whose weight is not 0"),
         ({"prompt": [{"content": "cat?"}], "completion": [MAT]}, "prompt[0] role", "is missing"),
@@ -153,7 +156,7 @@ def test_other_names_and_a_named_schema(tmp_path: Path) -> None:
 )
 def test_what_is_wrong_is_named_by_its_place(tmp_path: Path, row: dict[str, Any], place: str, what: str) -> None:
     """A fault has its place in the row as given, and counts as a bad row that may be skipped."""
-    path = lines(tmp_path / "x.jsonl", ROWS[0], row)
+    path = lines(tmp_path / "x (1)+.jsonl", ROWS[0], row)  # a name that is another regular expression
     with pytest.raises(DataError) as error:
         load(path, CHATML, "completion")
     (problem,) = error.value.problems
@@ -161,6 +164,22 @@ def test_what_is_wrong_is_named_by_its_place(tmp_path: Path, row: dict[str, Any]
     assert what in problem.what
     _, record = load(path, CHATML, "completion", on_bad_row="skip")
     assert sum(record.skipped.values()) == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({"prompt": "cat?", "completion": [MAT]}, "wrong_type"),
+        ({"prompt": [ASK], "completion": None}, "missing_field"),
+        ({"prompt": [], "completion": [MAT]}, "missing_field"),
+        ({"prompt": [ASK], "completion": []}, "empty_target"),
+        ({"prompt": [ASK], "completion": [ASK]}, "empty_target"),
+    ],
+)
+def test_a_row_that_is_skipped_counts_under_its_kind(tmp_path: Path, row: dict[str, Any], kind: str) -> None:
+    """By which log, report and manifest say why rows are left out."""
+    _, record = load(lines(tmp_path / "x.jsonl", ROWS[0], row), CHATML, "completion", on_bad_row="skip")
+    assert record.skipped == {kind: 1}
 
 
 def test_messages_beside_prompt_and_completion_are_the_conversation(tmp_path: Path) -> None:

@@ -344,6 +344,55 @@ def test_a_pause_of_all_processes_is_no_end_of_the_first(team: Team, monkeypatch
         monitor.check()
 
 
+class Counter:
+    """A store whose number changes only when the test changes it."""
+
+    def __init__(self) -> None:
+        self.number = 1
+
+    def add(self, _key: str, amount: int) -> int:
+        """The number after `amount` is added, as in torch's store."""
+        self.number += amount
+        return self.number
+
+
+WARNINGS = [(30, "machine-0", 30, 570), (60, "machine-0", 60, 540), (100, "machine-0", 30, 570)]
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "warnings"), [(1, 1, WARNINGS), (2, 2, []), (3, 0, WARNINGS), (4, 1, [])]
+)
+def test_one_process_of_each_machine_warns_of_a_first_one_that_is_stopped(
+    monkeypatch: pytest.MonkeyPatch, rank: int, local_rank: int, warnings: list[Any]
+) -> None:
+    """After half a minute and then every half, with what is left; and again once it has run and is stopped again."""
+    now, store = [0.0], Counter()
+    monkeypatch.setattr(heartbeat, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monitor = HeartbeatMonitor(Place(rank, 6, local_rank, 3, "machine-0", 1), store, STALL)
+    found = []
+    for second in range(0, 130, 10):
+        now[0] = float(second)
+        store.number += second == 70
+        with capture_logs() as lines:
+            monitor.check()
+        found += [(second, line["at"], line["seconds"], line["at_most_seconds"]) for line in lines]
+    assert found == warnings
+
+
+def test_a_short_limit_counts_pauses_of_all_processes_as_a_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two seconds usually pass between two checks: a tenth of a limit of 10 s would let it end after 20."""
+    now = [0.0]
+    monkeypatch.setattr(heartbeat, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monitor = HeartbeatMonitor(Place(1, 2, 1, 2, "machine-0", 1), Counter(), 10.0)
+    monitor.check()
+    for second in (100, 200, 300, 400):
+        now[0] = float(second)
+        monitor.check()
+    now[0] = 402.0
+    with pytest.raises(Stalled, match="has not run for 10 s"):
+        monitor.check()
+
+
 def test_a_first_one_that_cannot_show_that_it_runs_ends(team: Team, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the others would be ended, as if it were stopped."""
     monkeypatch.setattr(process_group, "CHECK_SECONDS", 0.05)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,20 @@ def test_the_copied_folder(inputs: Path, said: object, expected: str | None) -> 
         (inputs / "config/checkpointconfig.json").write_text(json.dumps(said), encoding="utf-8")
     assert copied_folder(inputs) == (None if expected is None else inputs.parent / expected)
     assert copied_folder(None) is None
+
+
+def test_a_copied_folder_of_another_name(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs lie there, it is a folder of one machine, and root alone may write to it, as with the usual one."""
+    folder = tmp_path / "copied"
+    (inputs / "config/checkpointconfig.json").write_text(json.dumps({"LocalPath": str(folder)}), encoding="utf-8")
+    settings = load_settings([], environment(inputs))
+    assert (settings.run.output, settings.checkpoint.settle_seconds) == (str(folder), 300)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "access", lambda path, _: Path(path) != tmp_path)
+        assert "use the image that infra/sagemaker/Dockerfile builds" in problems(inputs)[0]
+    hosts = {"current_host": "algo-1", "hosts": ["algo-1", "algo-2"]}
+    (inputs / "config/resourceconfig.json").write_text(json.dumps(hosts), encoding="utf-8")
+    assert "is a folder of this machine only" in problems(inputs, JOB_RUN__OUTPUT=f"{folder}/runs")[0]
 
 
 def test_what_lasts(inputs: Path) -> None:

@@ -50,6 +50,33 @@ TABLE: dict[str, list[tuple[str, dict[str, str]]]] = {
             {"storage.endpoint_url": "set AZURE_STORAGE_ENDPOINT for az:// and GOOGLE_BASE_URL for gs:// instead"},
         ),
     ],
+    "revisions": [
+        ("--model.id=org/x --model.revision=a --data.source=org/y --data.revision=b", VALID),
+        (
+            "--model.id=./base --data.source=./rows --data.revision=a",
+            {"data.revision": "is a commit of a hub repository, but JOB_DATA__SOURCE is a path or URI; remove it"},
+        ),
+        (
+            "--data.validation=./rows --data.validation_revision=a",
+            {"data.validation_revision": "but JOB_DATA__VALIDATION is a path or URI"},
+        ),
+        (
+            "--data.safety_model=/x --data.safety_revision=a",
+            {"data.safety_revision": "but JOB_DATA__SAFETY_MODEL is a path or URI"},
+        ),
+        (
+            f"{JUDGED} --eval.judge=s3://bucket/j --eval.judge_revision=a",
+            {"eval.judge_revision": "but JOB_EVAL__JUDGE is a path or URI"},
+        ),
+        (
+            "--train.method=sft,dpo --data.sft_source=gs://bucket/a --data.sft_revision=a",
+            {"data.sft_revision": "but JOB_DATA__SFT_SOURCE is a path or URI"},
+        ),
+        (
+            f"{TWO_STAGES} --data.sft_validation=./rows --data.sft_validation_revision=a",
+            {"data.sft_validation_revision": "but JOB_DATA__SFT_VALIDATION is a path or URI"},
+        ),
+    ],
     "placement": [
         ("--model.placement=host", VALID),
         ("--model.placement=gpu --model.quantization=none", VALID),
@@ -62,6 +89,7 @@ TABLE: dict[str, list[tuple[str, dict[str, str]]]] = {
         ("--model.placement=sharded --run.processes=2", VALID),
         ("--model.placement=sharded --run.processes=auto", VALID),
         ("--model.placement=sharded --run.nodes=2 --run.id=a --run.rendezvous=h:1", VALID),
+        ("--model.placement=sharded --run.processes=1 --run.nodes=2 --run.id=a --run.rendezvous=h:1", VALID),
         ("--model.placement=sharded --run.processes=1", {"model.placement": "is sharded, but the run has one process"}),
         ("--model.placement=host --run.processes=1", VALID),
     ],
@@ -71,6 +99,7 @@ TABLE: dict[str, list[tuple[str, dict[str, str]]]] = {
             f"{PROMPTS} --train.max_length=256 --eval.prompts_max_new_tokens=256",
             {"eval.prompts_max_new_tokens": "must be less than JOB_TRAIN__MAX_LENGTH (256)"},
         ),
+        ("--train.max_length=128", VALID),  # shorter than the answers, of which there are none
         ("--eval.prompts=3 --data.validation=0.05", VALID),
         ("--eval.prompts=p.txt", VALID),
         ("--eval.prompts=3", {"eval.prompts": "is a number of validation rows; set JOB_DATA__VALIDATION"}),
@@ -127,6 +156,11 @@ TABLE: dict[str, list[tuple[str, dict[str, str]]]] = {
             f"{TWO_STAGES},b.jsonl --data.sft_limit=5",
             {"data.sft_limit": "is for one source; give each source its number of rows: JOB_DATA__SFT_SOURCE=name"},
         ),
+        (f"{TWO_STAGES} --data.sft_limit=5", VALID),
+        (
+            "--train.method=sft,dpo --data.sft_limit=5",
+            {"data.sft_source": "must be set with JOB_TRAIN__METHOD=sft,dpo"},
+        ),
     ],
     "validation": [
         ("--data.validation=org/x --data.validation_revision=a", VALID),
@@ -177,6 +211,8 @@ TABLE: dict[str, list[tuple[str, dict[str, str]]]] = {
         ("--gate.on=merged --export.formats=merged", {"gate.on": "has no threshold"}),
         ("--gate.on=merged --gate.min_delta=0", {"gate.on": "is merged, which is not exported"}),
         ("--gate.on=adapter", VALID),
+        ("--export.run=s3://bucket/run --export.formats=merged", VALID),
+        ("--export.run=s3://bucket/run", {"export.formats": "is empty; name the formats in which the run in"}),
         ("--export.hub=me/m --export.hub_revision=b", VALID),
         ("--export.hub_revision=b", {"export.hub_revision": "is a branch of JOB_EXPORT__HUB, which is not set"}),
         ("--export.formats=merged --export.merge_onto=original", VALID),
@@ -187,9 +223,13 @@ TABLE: dict[str, list[tuple[str, dict[str, str]]]] = {
         ),
         ("--export.merge_onto=original", {"export.merge_onto": "has no effect without a merged model"}),
         ("--export.formats=w4a16 --export.calibration_rows=16 --export.quantization_steps=5", VALID),
+        ("--export.formats=merged,w4a16 --export.calibration_rows=16 --export.quantization_steps=5", VALID),
         (
             "--export.formats=fp8 --export.calibration_rows=16 --export.quantization_steps=5",
-            dict.fromkeys(("export.calibration_rows", "export.quantization_steps"), "has an effect only with"),
+            dict.fromkeys(
+                ("export.calibration_rows", "export.quantization_steps"),
+                "has an effect only with JOB_EXPORT__FORMATS=w4a16 or gptq or awq; remove it",
+            ),
         ),
     ],
     "schedule": [
@@ -197,7 +237,7 @@ TABLE: dict[str, list[tuple[str, dict[str, str]]]] = {
         ("--train.scheduler=linear", VALID),
         (
             "--train.scheduler=linear --train.min_lr_ratio=0.1",
-            {"train.min_lr_ratio": "has no effect with JOB_TRAIN__SCHEDULER=linear"},
+            {"train.min_lr_ratio": "with JOB_TRAIN__SCHEDULER=linear; use cosine or warmup_stable_decay"},
         ),
         (f"{WSD} --train.decay_ratio=0.75 --train.warmup_ratio=0.25", VALID),
         (f"{WSD} --train.decay_ratio=1", VALID),
@@ -210,6 +250,8 @@ TABLE: dict[str, list[tuple[str, dict[str, str]]]] = {
             {"train.decay_ratio": "only with JOB_TRAIN__SCHEDULER=warmup_stable_decay"},
         ),
         ("--train.warmup_ratio=0.1", VALID),
+        ("--train.warmup_ratio=1", VALID),  # there is no decay that it could overlap
+        ("--train.warmup_steps=5", VALID),
         (
             "--train.warmup_ratio=0.1 --train.warmup_steps=5",
             {"train.warmup_ratio": "and JOB_TRAIN__WARMUP_STEPS are both set"},

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -19,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from job.errors import MAX_SHOWN, SettingsError, environment_name
 from job.log import scrub
+from job.settings.combinations import sharded_alone
 from job.settings.load import (
     Settings,
     current_platform,
@@ -813,6 +815,7 @@ class TestCombinations:
         """Each process would make up a run id of its own and write elsewhere."""
         assert list(problems([], TORCHRUN)) == ["JOB_RUN__ID (generated)"]
         assert load_settings([], TORCHRUN | {"TRAINING_JOB_NAME": "alpaca-1"})
+        assert load_settings([], TORCHRUN | {"WORLD_SIZE": "1"}).sources["run.id"] == "generated"
         assert list(problems(["--run.nodes=2", "--run.rendezvous=a:1"])) == ["JOB_RUN__ID (generated)"]
 
     def test_several_machines_need_an_address_and_numbers(self) -> None:
@@ -887,6 +890,33 @@ class TestCombinations:
         assert problems(["--run.output=s3://bucket/runs"], environ).keys() == found.keys() - {
             "JOB_RUN__OUTPUT (platform)"
         }
+
+    def test_a_folder_is_asked_for_both_rights(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """To make a file in a folder takes the right to write to it, and that to enter it."""
+        asked = []
+        monkeypatch.setattr(os, "access", lambda path, mode: asked.append((path, mode)) is None)
+        load_settings([f"--run.output={tmp_path}/new", f"--storage.cache={tmp_path}"], {})
+        assert asked == [(tmp_path, os.W_OK | os.X_OK)] * 2
+        load_settings(["--run.output=s3://bucket/runs"], {})
+        assert len(asked) == 2  # a bucket is no folder
+
+    def test_an_output_that_is_mounted_read_only(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The fix is said once, and no other user is advised."""
+        monkeypatch.setattr(os, "access", lambda *_: False)
+        monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_RDONLY))
+        what = problems([f"--run.output={tmp_path}"])["JOB_RUN__OUTPUT (command line)"]
+        fix = "its volume is mounted read-only: mount it writable, or give another path"
+        assert what == f"cannot be written: {tmp_path} is not writable for this user; {fix}"
+
+    def test_another_folder_on_sagemaker(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A file system that is mounted elsewhere is no matter of the image."""
+        (tmp_path / "fsx").mkdir()
+        monkeypatch.setattr(os, "access", lambda path, _: Path(path) != tmp_path / "fsx")
+        environ = {"TRAINING_JOB_NAME": "a", "SAGEMAKER_BASE_DIR": str(tmp_path / "ml")}
+        ((where, what),) = problems([f"--run.output={tmp_path}/fsx/runs"], environ).items()
+        assert where == "JOB_RUN__OUTPUT (command line)"
+        assert "give another path, or" in what
+        assert "infra/sagemaker" not in what
 
     def test_an_output_behind_a_broken_link(self, tmp_path: Path) -> None:
         """A link to a volume that is not mounted is found now, not after the training."""
@@ -1535,6 +1565,26 @@ def test_a_placement_that_cannot_be(with_it: dict[str, str], said: str) -> None:
     """What JOB_MODEL__PLACEMENT cannot be combined with is refused before anything is read."""
     with pytest.raises(SettingsError, match=said):
         load_settings(environ={"JOB_MODEL__PLACEMENT": "sharded", **with_it})
+
+
+def test_a_base_is_sharded_over_several_processes() -> None:
+    """Asked again once the GPUs are counted; another placement needs no second process."""
+    sharded, host = (load_settings([f"--model.placement={placement}"], {}) for placement in ("sharded", "host"))
+    problem = sharded_alone(sharded, 1)
+    assert problem is not None
+    assert problem.where == "JOB_MODEL__PLACEMENT"
+    assert [sharded_alone(sharded, 2), sharded_alone(host, 1)] == [None, None]
+
+
+def test_a_placement_beside_wrong_variables_of_torchrun() -> None:
+    """The number of processes is unknown, which is the only problem."""
+    assert list(problems(["--model.placement=host"], TORCHRUN | {"WORLD_SIZE": "x"})) == ["WORLD_SIZE (environment)"]
+
+
+def test_processes_of_torchrun_are_counted() -> None:
+    """Whatever JOB_RUN__PROCESSES says, which is for the job's own launcher."""
+    given = ["--model.placement=sharded", "--run.processes=1", "--run.id=a"]
+    assert load_settings(given, TORCHRUN).model.placement == "sharded"
 
 
 @pytest.mark.parametrize(

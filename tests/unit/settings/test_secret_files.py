@@ -13,7 +13,7 @@ import pytest
 from job.cli.library_variables import take_secret_files
 from job.errors import SettingsError
 from job.settings.load import load_reading, load_settings, secrets
-from job.settings.secret_files import NAMES
+from job.settings.secret_files import NAMES, read_secret_files
 
 ROOT = Path(__file__).parents[3]
 SECRET = "a-secret-that-no-message-may-hold"
@@ -82,6 +82,34 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
     with pytest.raises(SettingsError) as error:
         load_reading([], environ)
     assert {problem.where for problem in error.value.problems} == expected.keys() - {"JOB_TRAIN__EPOCHS (environment)"}
+
+
+@pytest.mark.parametrize(
+    ("content", "secret"), [("two words \n", "two words "), ("s" * (1 << 16), "s" * (1 << 16)), ("s\n\n", "s")]
+)
+def test_only_line_breaks_at_the_end_are_no_part_of_a_secret(tmp_path: Path, content: str, secret: str) -> None:
+    """As in the image: a password may end with a space, and may be as long as 64 KiB."""
+    (tmp_path / "secret").write_text(content)
+    assert read_secret_files({"OCI_PASSWORD_FILE": str(tmp_path / "secret")}) == ({"OCI_PASSWORD": secret}, [])
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [("\n", "is empty; put the secret into it"), ("s" * ((1 << 16) + 1), "has several lines or control characters")],
+)
+def test_what_is_no_secret_is_refused(tmp_path: Path, content: str, what: str) -> None:
+    """A line break alone, and more than is read: the beginning of a file would be a wrong secret."""
+    (tmp_path / "secret").write_text(content)
+    found, (problem,) = read_secret_files({"HF_TOKEN_FILE": str(tmp_path / "secret")})
+    assert found == {}
+    assert what in problem.what
+
+
+def test_a_secret_that_looks_like_a_path_is_not_repeated(tmp_path: Path) -> None:
+    """Base64 has slashes: a path is only repeated if its folder is there, and if it is one line of text."""
+    for path in (f"/{SECRET}/x", f"{tmp_path}/{SECRET}\n{SECRET}"):
+        _, (problem,) = read_secret_files({"AWS_SECRET_ACCESS_KEY_FILE": path})
+        assert f"user {os.getuid()} cannot read the file (No such file or directory)" in problem.what
 
 
 def test_files_of_libraries_are_their_own() -> None:
