@@ -635,6 +635,23 @@ def test_the_page_s_table_of_ends() -> None:
     assert said == {code: judge(rules, code).action for code in said}
 
 
+def test_a_second_air_gapped_run_reads_the_first_one_s_claims(tmp_path: Path) -> None:
+    """With the page's patch a suffix renames the Job but not the claims, which the first run's overlay made."""
+    page = (KUBERNETES / "README.md").read_text(encoding="utf-8")
+    (patch,) = re.findall(r"### air-gapped\n.*?```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "infra").symlink_to(KUBERNETES.parent)
+    own = tmp_path / "my-run"
+    own.mkdir()
+    text = f"resources: [../infra/kubernetes/overlays/air-gapped]\nnameSuffix: -second\n{patch}"
+    (own / "kustomization.yaml").write_text(text, encoding="utf-8")
+    documents = build(str(own))
+    assert {document["kind"] for document in documents} == {"ServiceAccount", "ConfigMap", "Job"}
+    assert one(documents, "Job")["metadata"]["name"] == "qlora-job-second"
+    claims = {volume["name"]: volume.get("persistentVolumeClaim") for volume in pod_spec(documents)["volumes"]}
+    assert claims["input"] == {"claimName": "qlora-job-input", "readOnly": True}
+    assert claims["output"] == {"claimName": "qlora-job-output"}
+
+
 def names_in(path: Path) -> Iterator[str]:
     """The `JOB_` names in a file's text."""
     yield from re.findall(r"\bJOB_[A-Z_]+[A-Z]", path.read_text(encoding="utf-8"))

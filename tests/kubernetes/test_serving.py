@@ -157,7 +157,7 @@ def parameters(template: dict[str, Any]) -> dict[str, Any]:
     given = {
         "Name": "my-model",
         "ModelUri": "s3://my-bucket/qlora/my-first-run/artifacts/export/merged/",
-        "Image": "763104351884.dkr.ecr.us-east-1.amazonaws.com/djl-inference:0.34.0-lmi16.0.0-cu128",
+        "Image": "763104351884.dkr.ecr.us-east-1.amazonaws.com/djl-inference:0.36.0-lmi20.0.0-cu128-v1.0",
         "RoleArn": "arn:aws:iam::123456789012:role/serving",
     }
     found = {name: given.get(name, parameter.get("Default")) for name, parameter in template["Parameters"].items()}
@@ -231,6 +231,14 @@ def enum_refusals(value: Any, shape: Any) -> str:
     if pattern and not re.fullmatch(pattern, str(value)):
         return f"{value} does not fit {shape.name}"
     return ""
+
+
+def test_the_endpoint_takes_lmi_s_own_mode() -> None:
+    """The image that is named has vLLM's own API by default (LMI 17), and nothing selects the older rolling batch."""
+    template = template_of_the_endpoint()
+    (version,) = re.findall(r"-lmi(\d+)\.", template["Parameters"]["Image"]["Description"])
+    assert int(version) >= 17
+    assert "OPTION_ROLLING_BATCH" not in request(template, "Model")["PrimaryContainer"]["Environment"]
 
 
 @pytest.mark.parametrize("resource", NAMED)
