@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -633,6 +634,22 @@ def test_the_page_s_table_of_ends() -> None:
     assert said.keys() >= exit_codes().keys()
     rules = job_spec(overlay("demo"))["podFailurePolicy"]["rules"]
     assert said == {code: judge(rules, code).action for code in said}
+
+
+def test_a_set_on_spot_machines_of_eks(tmp_path: Path) -> None:
+    """The page's overlay gives a JobSet what eks-spot gives a Job: the role and the machines."""
+    page = (KUBERNETES / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"  ```yaml\n(  # my-set/kustomization.yaml.*?)  ```", page, re.DOTALL)
+    (tmp_path / "infra").symlink_to(KUBERNETES.parent)
+    own = tmp_path / "my-set"
+    own.mkdir()
+    (own / "kustomization.yaml").write_text(textwrap.dedent(example), encoding="utf-8")
+    documents, theirs = build(str(own)), overlay("eks-spot")
+    assert (
+        one(documents, "ServiceAccount")["metadata"]["annotations"]
+        == (one(theirs, "ServiceAccount")["metadata"]["annotations"])
+    )
+    assert pod_spec(documents)["nodeSelector"] == pod_spec(theirs)["nodeSelector"]
 
 
 def test_a_second_air_gapped_run_reads_the_first_one_s_claims(tmp_path: Path) -> None:

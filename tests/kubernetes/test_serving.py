@@ -117,6 +117,14 @@ def test_a_pod_selects_itself_and_mounts_what_it_names(folder: str) -> None:
     assert pod["spec"]["securityContext"]["runAsNonRoot"]
 
 
+def test_the_page_names_the_account_that_is_not_made() -> None:
+    """The folder that reads a bucket names a ServiceAccount, without which no pod is made: the page says so."""
+    documents = build(str(SERVING / "from-store"))
+    account = one(documents, "Deployment")["spec"]["template"]["spec"]["serviceAccountName"]
+    assert "ServiceAccount" not in {document["kind"] for document in documents}
+    assert f"ServiceAccount `{account}`" in (SERVING / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_adapter_s_server_is_that_of_the_reference_recipe() -> None:
     """Base, commit and rank are those of the default preset."""
     settings = load_settings([], environ={})
