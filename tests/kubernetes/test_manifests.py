@@ -488,6 +488,13 @@ def test_gpus_by_dra(base: str) -> None:
     assert (request["exactly"]["allocationMode"], request["exactly"]["count"]) == ("ExactCount", 1)
 
 
+@pytest.mark.parametrize("base", ["eks-spot", "multi-node"])
+def test_a_priority_under_another_name(base: str) -> None:
+    """Under another name of the run the pods name the PriorityClass that is built beside them: no other need exist."""
+    documents = with_component("priority", base, "nameSuffix: -second\n")
+    assert pod_spec(documents)["priorityClassName"] == one(documents, "PriorityClass")["metadata"]["name"]
+
+
 def test_eight_gpus() -> None:
     """A Job on one machine of eight GPUs has what each pod of multi-node has: GPUs, CPUs, memory and /dev/shm."""
     documents = with_component("eight-gpus", "eks-spot")
