@@ -62,6 +62,15 @@ def test_skypilot_s_machines_can_write_to_the_bucket() -> None:
     assert "--network host" in SKYPILOT["run"]
 
 
+def test_dstack_s_machine_has_what_a_pod_has() -> None:
+    """By default dstack takes machines with less memory than a file of the reference recipe's model."""
+    text = (FOLDER.parent / "kubernetes/base/job.yaml").read_text(encoding="utf-8")
+    (container,) = yaml.safe_load(text)["spec"]["template"]["spec"]["containers"]
+    requests = container["resources"]["requests"]
+    assert DSTACK["resources"]["cpu"] == f"{requests['cpu']}.."
+    assert DSTACK["resources"]["memory"] == f"{requests['memory'].removesuffix('Gi')}GB.."
+
+
 def test_dstack_takes_only_gpus_that_the_image_serves() -> None:
     """To an image of one's own, dstack offers GPUs of every vendor and age."""
     gpu = DSTACK["resources"]["gpu"]
@@ -116,3 +125,10 @@ def test_dstack_s_job_has_a_home(tmp_path: Path) -> None:
     with dstack_commands(tmp_path, f'printf %s "$HOME" >{tmp_path}/home') as process:
         assert process.wait(timeout=60) == 0
     assert (tmp_path / "home").read_text() == home
+
+
+def test_the_page_s_fleet_is_for_the_task() -> None:
+    """A task of dstack runs on a fleet's machines: one of the same kind, of which there is none in the meantime."""
+    (text,) = re.findall(r"  ```yaml\n(.*?)  ```", PAGE, re.DOTALL)
+    fleet = yaml.safe_load(text)
+    assert (fleet["type"], fleet["spot_policy"], fleet["nodes"]) == ("fleet", DSTACK["spot_policy"], "0..1")
