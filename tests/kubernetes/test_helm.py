@@ -13,6 +13,9 @@ import pytest
 import yaml
 
 import job
+from job.errors import SettingsError, environment_name
+from job.settings.load import load_settings
+from job.settings.schema import NAMES
 from tests.kubernetes.crds import CRDS
 from tests.kubernetes.manifests import (
     KUBERNETES,
@@ -175,6 +178,26 @@ def test_three_machines() -> None:
     assert (spec["completions"], spec["parallelism"]) == (3, 3)
     found = environment(documents, labels(documents, "none", "my-run"))
     assert (found["JOB_RUN__NODES"], found["JOB_RUN__RENDEZVOUS"]) == ("3", "my-run-node-0-0.my-run:29400")
+
+
+def test_off_without_quotes_is_refused() -> None:
+    """YAML reads off as false: where the job knows the word only, Helm says so, and not a pod that waited for a GPU."""
+
+    def takes(name: str, value: str) -> bool:
+        try:
+            load_settings([], {name: value})
+        except SettingsError as error:
+            return not any(name in str(problem) and "must be" in str(problem) for problem in error.problems)
+        return True
+
+    known = map(environment_name, NAMES)
+    words = {name for name in known if takes(name, "off") and not takes(name, "false")}
+    schema = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
+    assert schema["properties"]["settings"]["properties"].keys() == words
+    values = {"image": IMAGE, "settings": {**OUTPUT, **dict.fromkeys(words, False)}}
+    with pytest.raises(pytest.importorskip("helm_python").HelmError) as refused:
+        render(values)
+    assert {name for name in words if f"/settings/{name}': got boolean, want string" in str(refused.value)} == words
 
 
 def test_other_settings_are_another_configmap() -> None:
