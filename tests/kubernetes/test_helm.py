@@ -13,6 +13,9 @@ import pytest
 import yaml
 
 import job
+from job.errors import SettingsError, environment_name
+from job.settings.load import load_settings
+from job.settings.schema import NAMES
 from tests.kubernetes.crds import CRDS
 from tests.kubernetes.manifests import (
     KUBERNETES,
@@ -144,6 +147,28 @@ def test_figures_for_prometheus(nodes: int) -> None:
     assert ours["metadata"] == {"name": "my-run", "labels": {"release": "monitoring"}}
 
 
+def test_a_serviceaccount_that_is_there() -> None:
+    """Several releases can share one that a role of the cloud trusts; the chart makes none, and changes none."""
+    shared = {"image": IMAGE, "settings": OUTPUT, "serviceAccount": {"name": "trusted"}}
+    documents = render(shared, "my-run")
+    assert [document["kind"] for document in documents] == ["ConfigMap", "Job"]
+    assert pod_spec(documents)["serviceAccountName"] == "trusted"
+    with pytest.raises(pytest.importorskip("helm_python").HelmError, match=r"serviceAccount\.annotations"):
+        render({**shared, "serviceAccount": {"name": "trusted", "annotations": {"a": "b"}}})
+
+
+def test_a_second_mount_of_a_volume() -> None:
+    """A mount takes the place of the chart's own only at the same path: a part of `cache` elsewhere leaves /cache."""
+    added = {"name": "cache", "mountPath": "/models", "subPath": "models"}
+    documents = render({"image": IMAGE, "settings": OUTPUT, "volumeMounts": [added]})
+    mounts = {mount["mountPath"]: mount for mount in container(documents)["volumeMounts"]}
+    assert mounts["/cache"] == {"name": "cache", "mountPath": "/cache"}
+    assert mounts["/models"] == added
+    replaced = {"name": "cache", "mountPath": "/cache", "subPath": "job"}
+    documents = render({"image": IMAGE, "settings": OUTPUT, "volumeMounts": [replaced]})
+    assert [m for m in container(documents)["volumeMounts"] if m["name"] == "cache"] == [replaced]
+
+
 def test_three_machines() -> None:
     """The number of machines is that of the pods and of the job's nodes; the set is one that JobSet takes."""
     documents = render({"image": IMAGE, "settings": OUTPUT, "nodes": 3}, "my-run")
@@ -153,6 +178,26 @@ def test_three_machines() -> None:
     assert (spec["completions"], spec["parallelism"]) == (3, 3)
     found = environment(documents, labels(documents, "none", "my-run"))
     assert (found["JOB_RUN__NODES"], found["JOB_RUN__RENDEZVOUS"]) == ("3", "my-run-node-0-0.my-run:29400")
+
+
+def test_off_without_quotes_is_refused() -> None:
+    """YAML reads off as false: where the job knows the word only, Helm says so, and not a pod that waited for a GPU."""
+
+    def takes(name: str, value: str) -> bool:
+        try:
+            load_settings([], {name: value})
+        except SettingsError as error:
+            return not any(name in str(problem) and "must be" in str(problem) for problem in error.problems)
+        return True
+
+    known = map(environment_name, NAMES)
+    words = {name for name in known if takes(name, "off") and not takes(name, "false")}
+    schema = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
+    assert schema["properties"]["settings"]["properties"].keys() == words
+    values = {"image": IMAGE, "settings": {**OUTPUT, **dict.fromkeys(words, False)}}
+    with pytest.raises(pytest.importorskip("helm_python").HelmError) as refused:
+        render(values)
+    assert {name for name in words if f"/settings/{name}': got boolean, want string" in str(refused.value)} == words
 
 
 def test_other_settings_are_another_configmap() -> None:
@@ -171,6 +216,15 @@ def test_other_settings_are_another_configmap() -> None:
         ({"image": IMAGE}, "settings.JOB_RUN__OUTPUT: say where results go"),
         ({"image": IMAGE, "settings": OUTPUT, "node": 2}, "node"),
         ({"image": IMAGE, "settings": {"job_run__output": "x"}}, "job_run__output"),
+        ({"image": IMAGE, "settings": OUTPUT, "env": [{"name": "A", "value": 1}]}, "got number, want string"),
+        (
+            {"image": IMAGE, "settings": OUTPUT, "terminationGracePeriodSeconds": 30},
+            "110 must be less than",
+        ),
+        (
+            {"image": IMAGE, "settings": {**OUTPUT, "JOB_RUN__GRACE_SECONDS": 120}},
+            "JOB_RUN__GRACE_SECONDS: 120 must be less",
+        ),
     ],
 )
 def test_what_is_missing_or_misspelt_is_said(values: dict[str, Any], said: str) -> None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -487,6 +488,13 @@ def test_gpus_by_dra(base: str) -> None:
     assert (request["exactly"]["allocationMode"], request["exactly"]["count"]) == ("ExactCount", 1)
 
 
+@pytest.mark.parametrize("base", ["eks-spot", "multi-node"])
+def test_a_priority_under_another_name(base: str) -> None:
+    """Under another name of the run the pods name the PriorityClass that is built beside them: no other need exist."""
+    documents = with_component("priority", base, "nameSuffix: -second\n")
+    assert pod_spec(documents)["priorityClassName"] == one(documents, "PriorityClass")["metadata"]["name"]
+
+
 def test_eight_gpus() -> None:
     """A Job on one machine of eight GPUs has what each pod of multi-node has: GPUs, CPUs, memory and /dev/shm."""
     documents = with_component("eight-gpus", "eks-spot")
@@ -633,6 +641,39 @@ def test_the_page_s_table_of_ends() -> None:
     assert said.keys() >= exit_codes().keys()
     rules = job_spec(overlay("demo"))["podFailurePolicy"]["rules"]
     assert said == {code: judge(rules, code).action for code in said}
+
+
+def test_a_set_on_spot_machines_of_eks(tmp_path: Path) -> None:
+    """The page's overlay gives a JobSet what eks-spot gives a Job: the role and the machines."""
+    page = (KUBERNETES / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"  ```yaml\n(  # my-set/kustomization.yaml.*?)  ```", page, re.DOTALL)
+    (tmp_path / "infra").symlink_to(KUBERNETES.parent)
+    own = tmp_path / "my-set"
+    own.mkdir()
+    (own / "kustomization.yaml").write_text(textwrap.dedent(example), encoding="utf-8")
+    documents, theirs = build(str(own)), overlay("eks-spot")
+    assert (
+        one(documents, "ServiceAccount")["metadata"]["annotations"]
+        == (one(theirs, "ServiceAccount")["metadata"]["annotations"])
+    )
+    assert pod_spec(documents)["nodeSelector"] == pod_spec(theirs)["nodeSelector"]
+
+
+def test_a_second_air_gapped_run_reads_the_first_one_s_claims(tmp_path: Path) -> None:
+    """With the page's patch a suffix renames the Job but not the claims, which the first run's overlay made."""
+    page = (KUBERNETES / "README.md").read_text(encoding="utf-8")
+    (patch,) = re.findall(r"### air-gapped\n.*?```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "infra").symlink_to(KUBERNETES.parent)
+    own = tmp_path / "my-run"
+    own.mkdir()
+    text = f"resources: [../infra/kubernetes/overlays/air-gapped]\nnameSuffix: -second\n{patch}"
+    (own / "kustomization.yaml").write_text(text, encoding="utf-8")
+    documents = build(str(own))
+    assert {document["kind"] for document in documents} == {"ServiceAccount", "ConfigMap", "Job"}
+    assert one(documents, "Job")["metadata"]["name"] == "qlora-job-second"
+    claims = {volume["name"]: volume.get("persistentVolumeClaim") for volume in pod_spec(documents)["volumes"]}
+    assert claims["input"] == {"claimName": "qlora-job-input", "readOnly": True}
+    assert claims["output"] == {"claimName": "qlora-job-output"}
 
 
 def names_in(path: Path) -> Iterator[str]:

@@ -117,6 +117,14 @@ def test_a_pod_selects_itself_and_mounts_what_it_names(folder: str) -> None:
     assert pod["spec"]["securityContext"]["runAsNonRoot"]
 
 
+def test_the_page_names_the_account_that_is_not_made() -> None:
+    """The folder that reads a bucket names a ServiceAccount, without which no pod is made: the page says so."""
+    documents = build(str(SERVING / "from-store"))
+    account = one(documents, "Deployment")["spec"]["template"]["spec"]["serviceAccountName"]
+    assert "ServiceAccount" not in {document["kind"] for document in documents}
+    assert f"ServiceAccount `{account}`" in (SERVING / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_adapter_s_server_is_that_of_the_reference_recipe() -> None:
     """Base, commit and rank are those of the default preset."""
     settings = load_settings([], environ={})
@@ -157,7 +165,7 @@ def parameters(template: dict[str, Any]) -> dict[str, Any]:
     given = {
         "Name": "my-model",
         "ModelUri": "s3://my-bucket/qlora/my-first-run/artifacts/export/merged/",
-        "Image": "763104351884.dkr.ecr.us-east-1.amazonaws.com/djl-inference:0.34.0-lmi16.0.0-cu128",
+        "Image": "763104351884.dkr.ecr.us-east-1.amazonaws.com/djl-inference:0.36.0-lmi20.0.0-cu128-v1.0",
         "RoleArn": "arn:aws:iam::123456789012:role/serving",
     }
     found = {name: given.get(name, parameter.get("Default")) for name, parameter in template["Parameters"].items()}
@@ -231,6 +239,14 @@ def enum_refusals(value: Any, shape: Any) -> str:
     if pattern and not re.fullmatch(pattern, str(value)):
         return f"{value} does not fit {shape.name}"
     return ""
+
+
+def test_the_endpoint_takes_lmi_s_own_mode() -> None:
+    """The image that is named has vLLM's own API by default (LMI 17), and nothing selects the older rolling batch."""
+    template = template_of_the_endpoint()
+    (version,) = re.findall(r"-lmi(\d+)\.", template["Parameters"]["Image"]["Description"])
+    assert int(version) >= 17
+    assert "OPTION_ROLLING_BATCH" not in request(template, "Model")["PrimaryContainer"]["Environment"]
 
 
 @pytest.mark.parametrize("resource", NAMED)

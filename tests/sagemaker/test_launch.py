@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import os
@@ -568,3 +569,33 @@ def ended(**changes: Any) -> tuple[int, list[str]]:
     """What the launcher makes of the end of a job."""
     job: Mapping[str, Any] = described(**changes)
     return outcome(job, "s3://b/runs/r", "again")
+
+
+def test_the_sdk_s_example_is_the_launcher_s_order(tmp_path: Path) -> None:
+    """The settings of the page's example are the job's, and all that it writes is where the stack's role may write."""
+    page = launch.METRICS.with_name("README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page.replace("BUCKET", "bucket"), re.DOTALL)
+    calls = {
+        node.func.id: {word.arg: word.value for word in node.keywords}
+        for node in ast.walk(ast.parse(example))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    trainer = calls["ModelTrainer"]
+    assert "source_code" not in trainer
+    given = ast.literal_eval(trainer["hyperparameters"])
+    (tmp_path / "input/config").mkdir(parents=True)
+    sent = {name: value if isinstance(value, str) else json.dumps(value) for name, value in given.items()}
+    (tmp_path / "input/config/hyperparameters.json").write_text(json.dumps(sent), encoding="utf-8")
+    settings = load_settings([], {"TRAINING_JOB_NAME": "job", "SAGEMAKER_BASE_DIR": str(tmp_path)})
+    assert settings.run.id == "my-first-run"
+    written = [settings.run.output, ast.literal_eval(calls["OutputDataConfig"]["s3_output_path"])]
+    assert all(place.startswith("s3://bucket/qlora-job/") for place in written)
+    assert ast.literal_eval(calls["Compute"]["instance_type"]) == Order.instance
+    assert ast.literal_eval(calls["Compute"]["volume_size_in_gb"]) == Order.volume_gb
+    environment = build(launch_order(), METRICS)["Environment"]
+    assert ast.literal_eval(trainer["environment"]) == environment
+
+
+def launch_order() -> Order:
+    """An order with nothing but what has to be given."""
+    return Order(job="j", run="r", image=IMAGE, role=ROLE, root="s3://bucket/prefix", region="us-east-1")

@@ -1,9 +1,10 @@
-{{- /* Two lists of named objects as one, in JSON: an object of `changes` takes the place of that of the same name. */ -}}
-{{- define "qlora-job.byName" -}}
+{{- /* Two lists of objects as one, in JSON: an object of `changes` takes the place of that with the same `key`. */ -}}
+{{- define "qlora-job.merged" -}}
+{{- $key := .key -}}
 {{- $changed := dict -}}
-{{- range .changes }}{{ $_ := set $changed .name true }}{{ end -}}
+{{- range .changes }}{{ $_ := set $changed (get . $key) true }}{{ end -}}
 {{- $result := list -}}
-{{- range .base }}{{ if not (hasKey $changed .name) }}{{ $result = append $result . }}{{ end }}{{ end -}}
+{{- range .base }}{{ if not (hasKey $changed (get . $key)) }}{{ $result = append $result . }}{{ end }}{{ end -}}
 {{- toJson (concat $result .changes) -}}
 {{- end -}}
 
