@@ -1,8 +1,8 @@
 #!/bin/sh
 # Writes the locks: every package with the hashes of all its files.
-#   requirements.lock       what the job needs, but for torch and what comes with its build
+#   requirements.lock       what the job needs, except torch and the packages of its build
 #   requirements-cuda.lock  torch from PyPI with the CUDA libraries and triton that it pins, for the image.
-#                           A checkout takes only torch's version from here, in the build that the machine has.
+#                           A checkout takes only torch's version from here; the build depends on the machine.
 #   requirements-dev.lock   what checks and tests need in addition
 # All are resolved together first, so that no package gets two versions.
 set -eu

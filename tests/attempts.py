@@ -1,4 +1,4 @@
-"""Attempts for tests of what takes place within one: the job's own class, on a store in a folder."""
+"""Attempts for tests: the job's own class, on a store in a folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class First(Alone):
-    """The first of two processes: what it found out, by the name that it was shared under, is what `Second` is told."""
+    """The first of two processes: the values that it broadcasts, by name, are those that `Second` receives."""
 
     def __init__(self) -> None:
         self.told: dict[str, Any] = {}
@@ -31,7 +31,7 @@ class First(Alone):
 
 
 class Second(Alone):
-    """The second of two processes, which is told what the first found out."""
+    """The second of two processes, which receives the values of the first."""
 
     place, leads = Place(rank=1, world_size=2), False
 
@@ -41,21 +41,21 @@ class Second(Alone):
             self.place = Place(rank=1, world_size=2, local_rank=1, local_world_size=2)
 
     def broadcast(self, what: str, value: Callable[[], Any]) -> Any:
-        """What process 0 found out."""
+        """The value of process 0."""
         return self._told[what]
 
     def gather(self, what: str, value: Any) -> list[Any]:
-        """Of both, which found out the same."""
+        """The values of both processes, which are equal."""
         return [value, value]
 
 
 def make_attempt(folder: Path, records: Mapping[str, Any] | None = None, **fields: Any) -> Attempt:
-    """The first attempt of a run in `folder`, which nobody stops.
+    """The first attempt of a run in `folder`, which is never stopped.
 
     Args:
         folder: Takes `run` and `work`.
-        records: By stage, what an earlier attempt recorded; those that are None are not there.
-        fields: Others of the attempt than these.
+        records: By stage, what an earlier attempt recorded; None means no record.
+        fields: Other fields of the attempt.
     """
     store = LocalStore(folder / "run")
     (folder / "work").mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""Azurite, Azure's own emulator of Blob Storage, as a process: `npm install azurite`, which node runs.
+"""Azurite, Azure's own emulator of Blob Storage, as a process of node (`npm install azurite`).
 
-It is looked for where AZURITE says (the folder of the npm package), else in the folders that npm installs into.
+It is searched for in AZURITE (the folder of the npm package); if that is not set, in the folders that npm installs into.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ PROGRAM = "dist/src/blob/main.js"
 
 @cache
 def _program() -> str | None:
-    """The file that node runs; None where Azurite or node is not there.
+    """The file that node runs; None if Azurite or node is not installed.
 
     Raises:
-        FileNotFoundError: AZURITE is set, but leads to none, or there is no node: skipped tests would not be noticed.
+        FileNotFoundError: AZURITE is set, but Azurite or node is missing: skipped tests would not be noticed.
     """
     node = shutil.which("node")
     if folder := os.environ.get("AZURITE"):
         program = Path(folder, PROGRAM)
         if not program.is_file() or node is None:
-            raise FileNotFoundError(f"AZURITE={folder}: needs {PROGRAM} there, and node on PATH")
+            raise FileNotFoundError(f"AZURITE={folder}: needs {PROGRAM} in this folder, and node on PATH")
         return str(program)
     folders = ["node_modules/azurite", *(f"{root}/lib/node_modules/azurite" for root in ("/usr", "/usr/local"))]
     if (npm := shutil.which("npm")) is not None:
@@ -52,7 +52,7 @@ def _program() -> str | None:
 
 
 def settings(url: str) -> dict[str, str]:
-    """The variables with which obstore finds a server that answers as Azure does, and its account."""
+    """The variables with which obstore finds a server with Azure's API, and its account."""
     return {
         "AZURE_STORAGE_ENDPOINT": url,
         "AZURE_STORAGE_ACCOUNT_NAME": ACCOUNT,

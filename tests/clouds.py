@@ -1,6 +1,6 @@
-"""Imitations of the clouds' stores, by kind: moto for S3, our own for Google, Azurite for Azure.
+"""Imitations of the clouds' stores, by kind: moto for S3, `tests/gcs_server.py` for Google, Azurite for Azure.
 
-`python -m tests.clouds KIND` runs one until its stdin ends, and prints the variables that lead to it.
+`python -m tests.clouds KIND` runs one until its stdin ends, and prints the variables with its address.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ ADDRESS = {"s3": "JOB_STORAGE__ENDPOINT_URL", "gcs": "GOOGLE_BASE_URL", "azure":
 
 
 def place(kind: str) -> str:
-    """The URI of the bucket that every imitation has."""
+    """The URI of the bucket in each imitation."""
     return f"{SCHEMES[kind]}://{BUCKET}"
 
 
 def options(kind: str, environ: dict[str, str]) -> StorageOptions:
-    """How a store is opened in a process that has the variables: S3's address is none that its client reads."""
+    """Options to open a store in a process with the variables: S3's client does not read the address from one."""
     return StorageOptions(endpoint_url=environ[ADDRESS[kind]] if kind == "s3" else None)
 
 
 @contextmanager
 def imitation(kind: str, folder: Path) -> Iterator[dict[str, str]]:
-    """Runs one with an empty bucket, which this process finds; yields the variables for others.
+    """Runs one with an empty bucket, for use by this process; yields the variables for other processes.
 
     Those of S3 and Google are threads of this process. The test is skipped where Azurite is not installed.
     """
@@ -60,7 +60,7 @@ def imitation(kind: str, folder: Path) -> Iterator[dict[str, str]]:
 
 @contextmanager
 def process(kind: str) -> Iterator[dict[str, str]]:
-    """Runs an imitation in a process of its own, for who forks and may have no threads, and which this one finds."""
+    """Runs an imitation in a separate process, for callers that fork and so must not have threads."""
     words = [sys.executable, "-m", "tests.clouds", kind]
     server = subprocess.Popen(
         words, cwd=Path(__file__).parents[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -83,10 +83,10 @@ def process(kind: str) -> Iterator[dict[str, str]]:
 
 
 def in_fork(work: Callable[[], T]) -> T:
-    """What `work` returns, which asks a store: obstore's threads would not survive the next fork of this process.
+    """The result of `work`, which uses a store, from a fork: obstore's threads would not survive later forks.
 
     Raises:
-        AssertionError: It raised something; stderr says what.
+        AssertionError: It raised an error, which is on stderr.
     """
     reading, writing = os.pipe()
     if (child := os.fork()) == 0:

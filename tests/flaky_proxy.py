@@ -1,4 +1,4 @@
-"""A proxy in front of a store's server that spoils a share of the requests, in every way that a network knows."""
+"""A proxy in front of a store's server that corrupts a share of the requests, with all kinds of network faults."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from urllib.parse import urlsplit
 
 WAYS = ("429", "500", "503", "reset", "lost answer", "truncated", "stall")
 DAMAGES = ("short", "long", "other tag")
-"""Ways that no network has: a body of another length than its headers say, and a tag that is not the object's."""
+"""Faults that no network causes: a body whose length differs from its headers, and a wrong tag."""
 
 
 @dataclass
 class Flaky:
-    """The proxy's address, and how often it did what."""
+    """The proxy's address, and its faults by kind."""
 
     url: str
     done: Counter[str] = field(default_factory=Counter)
 
 
 def _damaged(way: str, content: bytes, headers: dict[str, str]) -> tuple[bytes, dict[str, str]]:
-    """An answer with another body, or another tag; as it is where the way is none of `DAMAGES`."""
+    """An answer with another body or tag; unchanged if the fault is not in `DAMAGES`."""
     if way in {"short", "long"} and content:
         other = content[:-1] if way == "short" else content + b"x"
         return other, {name: value for name, value in headers.items() if name.lower() != "content-length"}
@@ -40,7 +40,7 @@ def _damaged(way: str, content: bytes, headers: dict[str, str]) -> tuple[bytes, 
 def flaky(
     upstream: str, *, share: float, stall_seconds: float, seed: int = 0, ways: Sequence[str] = WAYS
 ) -> Iterator[Flaky]:
-    """Runs the proxy; `share` of the requests go wrong in one of `ways`, a stall keeps silent for so long."""
+    """Runs the proxy; a `share` of the requests fails in one of `ways`; a stall takes `stall_seconds`."""
     draw, lock = random.Random(seed), threading.Lock()
 
     def next_way() -> str:

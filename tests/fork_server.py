@@ -1,10 +1,10 @@
-"""A process that has imported the heavy libraries, which takes ten seconds, and forks itself for whoever asks.
+"""A process that has imported the heavy libraries, which takes ten seconds, and forks itself on request.
 
-`warm` starts it as a script, with the number of a descriptor that listens on a socket, and asks over the socket. The
-libraries are imported when the first request comes. A request is one line: JSON with what each process shall call,
-and three descriptors for each, its stdin, stdout and stderr. The answers are two lines of JSON: the process ids, and
-the exit codes once all have ended. If the one who asked is gone before, its processes are killed. The server ends when
-its own stdin does.
+`warm` starts it as a script, with the number of a descriptor of a listening socket, and sends requests there. The
+libraries are imported when the first request comes. A request is one line: JSON with the call of each process, and
+three descriptors for each, its stdin, stdout and stderr. The answers are two lines of JSON: the process ids, and the
+exit codes once all have ended. If the client disconnects before, its processes are killed. The server ends when its own
+stdin does.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ PRELOADED = (
     *("job.pipeline", "job.stages.train"),
 )
 QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
-"""What the job tells its libraries before it imports them, which here is before there is a job."""
+"""Variables that the job sets for its libraries before it imports them; here they are imported before that."""
 HUB = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET")
 """Variables that the hub's libraries read when they are imported, and HF_HOME."""
 
 
 def preload() -> None:
-    """Imports what the job imports in the course of a run, without starting a thread."""
+    """Imports what the job imports during a run, without starting a thread."""
     os.environ.update(QUIET)
     for name in PRELOADED:
         import_module(name)
@@ -52,15 +52,15 @@ def preload() -> None:
     from job.export.llama_cpp_server import Refused
     from job.report import templating
 
-    with suppress(Refused):  # where the extra `export` is not installed
+    with suppress(Refused):  # if the extra `export` is not installed
         import_converter()
-    index = cache(task_names.open_index)  # a walk over 14,000 files
+    index = cache(task_names.open_index)  # this reads 14,000 files
     task_names.open_index = tasks.open_index = lambda names: index(tuple(names))
-    task_names.open_index(["arc_easy", "arc_easy"])  # as a run with its own questions asks for it
+    task_names.open_index(["arc_easy", "arc_easy"])  # as a run with its own questions does
     for template in (Path(templating.__file__).parent / "templates").iterdir():
         templating._environment(escape=template.suffix != ".md").get_template(template.name)
     gc.collect()
-    gc.freeze()  # forks would write to the pages of what they look at
+    gc.freeze()  # collecting in a fork would write to shared pages
 
 
 def called(words: list[str], environ: Mapping[str, str], folder: str) -> None:
@@ -83,7 +83,7 @@ def _be_in(environ: Mapping[str, str], folder: str) -> None:
 
 
 def _main(listening: int) -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes that keep the others
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the parents of the others
     loaded = False
     with socket.socket(fileno=listening) as listener:
         while True:
@@ -101,7 +101,7 @@ def _main(listening: int) -> None:
 
 
 def _serve(connection: socket.socket) -> None:
-    """Keeps the processes of one request, as their parent."""
+    """Runs the processes of one request, as their parent."""
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         data, descriptors, _, _ = socket.recv_fds(connection, LARGEST, 64)
@@ -142,7 +142,7 @@ def _fork(member: Mapping[str, Any], descriptors: Sequence[int], connection: soc
         for number, descriptor in enumerate(descriptors):
             os.dup2(descriptor, number)
         if (torch := sys.modules.get("torch")) is not None:
-            # After a fork torch makes its pool of threads anew at the next call, which only one thread may make.
+            # After a fork torch creates its thread pool again at the next call, which only one thread may make.
             torch.set_num_threads(1)
         _call(**member)
         code = 0
@@ -158,10 +158,10 @@ def _fork(member: Mapping[str, Any], descriptors: Sequence[int], connection: soc
 
 
 def _call(source: str, words: list[str], environ: Mapping[str, str], folder: str, memory: int | None) -> None:
-    """Bounds the memory if asked to, and runs the program, or the job."""
+    """Limits the memory if requested, and runs the program, or the job."""
     if any(environ[name] != os.environ.get(name) for name in HUB if name in environ):
         _use_hub({name: environ[name] for name in (*HUB, "HF_HOME") if name in environ})
-    if memory is not None:  # beyond what the libraries have mapped
+    if memory is not None:  # in addition to what the libraries have mapped
         pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
         most = pages * resource.getpagesize() + memory
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
@@ -173,7 +173,7 @@ def _call(source: str, words: list[str], environ: Mapping[str, str], folder: str
 
 
 def _use_hub(variables: Mapping[str, str]) -> None:
-    """Has the hub's libraries read their variables again, as when they are imported."""
+    """Makes the hub's libraries read their variables again, as when they are imported."""
     os.environ.update(variables)
     for module in ("huggingface_hub.constants", "datasets.config"):
         reload(sys.modules[module])

@@ -20,7 +20,7 @@ _DRAW = random.SystemRandom()
 
 @dataclass(frozen=True)
 class Group:
-    """Processes that are running: their process ids, in the order of their ranks, and the files of their logs."""
+    """Running processes: their process ids, in the order of their ranks, and the files of their logs."""
 
     processes: Processes
     logs: tuple[Path, ...]
@@ -46,12 +46,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Forks:
-    """What starts groups; `folder` takes their logs."""
+    """Starts groups; their logs are in `folder`."""
 
     folder: Path
 
     def start(self, environment: Mapping[str, str], processes: int, name: str) -> Group:
-        """Starts a group with torchrun's variables, as one would without a launcher; process 0 hosts the store."""
+        """Starts a group with torchrun's variables, without a launcher; process 0 hosts the store."""
         port = str(free_port())
         logs = [self.folder / f"{name}-{rank}.log" for rank in range(processes)]
         members = []
@@ -75,10 +75,10 @@ class Forks:
 
 
 def free_port() -> int:
-    """A port of this machine that is free, and stays so until it is bound.
+    """A port of this machine that is free, and stays free until it is bound.
 
-    Below the range from which the kernel gives ports to those that bind none, such as every client's connection, and
-    drawn anew by each caller: between this look and the binding another test could otherwise come by the same port.
+    It is below the kernel's range of ephemeral ports, and each caller draws another one: otherwise another test could
+    get the same port before it is bound.
     """
     first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
     while True:

@@ -1,7 +1,7 @@
-"""An imitation of Google Cloud Storage: the requests of its XML API that obstore sends, with conditions.
+"""An imitation of Google Cloud Storage: those requests of its XML API that obstore sends, with conditions.
 
-The emulators that packages offer speak the JSON API, or know no conditions. Answers follow Google's description of the
-XML API; tests of faults put an answer of their own before it.
+Emulators in packages have the JSON API, or no conditions. Answers follow Google's description of the XML API; tests of
+faults can answer in its place.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from tests.s3_server import BUCKET, Request, server
 
 TOKEN = "a-token-that-no-message-may-hold"
 _PAGE = 100
-"""Entries of a page; Google's have 1000."""
+"""Entries of a page of a listing; Google's have 1000."""
 
 
 @dataclass
 class Object:
-    """An object: its bytes, generation and the headers that are given back."""
+    """An object: its bytes, generation and the headers that are returned."""
 
     data: bytes
     generation: int
@@ -38,7 +38,7 @@ class Object:
 
 @dataclass
 class Bucket:
-    """The objects of `BUCKET` by key, and uploads in parts that go on."""
+    """The objects of `BUCKET` by key, and unfinished multipart uploads."""
 
     objects: dict[str, Object] = field(default_factory=dict)
     uploads: dict[str, dict[int, bytes]] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class Bucket:
         request.answer(200, f"<ListBucketResult>{entries}{rest}</ListBucketResult>".encode())
 
     def _refuses(self, request: Request, key: str) -> bool:
-        """Whether a condition does not hold; then that is the answer."""
+        """Whether a condition is not met; then it answers so."""
         found, wanted = self.objects.get(key), request.headers.get("x-goog-if-generation-match")
         tag = request.headers.get("If-Match")
         other = wanted is not None and int(wanted) != (found.generation if found else 0)
@@ -154,7 +154,7 @@ class Bucket:
 
 @contextmanager
 def gcs_server(before: Callable[[Request], bool] = lambda _request: False) -> Iterator[Bucket]:
-    """Runs an imitation with an empty bucket, and lets obstore find it.
+    """Runs an imitation with an empty bucket, and sets the variables with which obstore finds it.
 
     `before` may answer a request in its place, and returns whether it did.
     """

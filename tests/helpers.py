@@ -1,4 +1,4 @@
-"""Builders for tests: a tiny model, training examples, Alpaca rows, questions in ARC's schema. All of it made up."""
+"""Builders for tests: a tiny model, training examples, Alpaca rows, questions in ARC's schema, all invented."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from job.records import Example, TaskScores
 BOS, EOS, PAD = 0, 1, 2
 VOCABULARY = 400
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-ARC_EASY = Path(__file__).parents[2] / "shared/data/arc_easy_test.jsonl"  # real questions, where there are any
+ARC_EASY = Path(__file__).parents[2] / "shared/data/arc_easy_test.jsonl"  # real questions, if there are any
 
 READING: dict[str, Any] = {
     "revision": None,
@@ -73,7 +73,7 @@ def make_base(folder: Path) -> None:
         bos_token_id=BOS,
         eos_token_id=EOS,
         pad_token_id=PAD,
-        initializer_range=0.1,  # larger than usual: its answers differ clearly, as a trained model's do
+        initializer_range=0.1,  # larger than usual, so that answers differ clearly, as those of a trained model
     )
     MistralForCausalLM(config).save_pretrained(folder)
 
@@ -90,7 +90,7 @@ def deepened(base: Path, folder: Path, layers: int) -> Path:
 
 
 def load_plain(folder: Path, **changes: Any) -> Any:
-    """A base in fp32, without an adapter, loaded by the job's own means; `changes` are arguments of `load_base`."""
+    """A base in fp32, without an adapter, loaded by the job's code; `changes` are arguments of `load_base`."""
     import torch
 
     from job.model.load_base import load_base
@@ -119,7 +119,7 @@ def make_model(
     options: AdapterOptions = PLAIN,
     dtype: Any = None,
 ) -> Any:
-    """The tiny base, in fp32 by default, with an adapter on all linear layers, loaded by the job's own means.
+    """The tiny base, in fp32 by default, with an adapter on all linear layers, loaded by the job's code.
 
     New tokens have the ids from `VOCABULARY` on.
     """
@@ -134,7 +134,7 @@ def make_model(
 
 
 def fill_adapter(model: Any, scale: float = 0.05) -> Any:
-    """Makes every adapter weight random: a fresh adapter is zero on one side, which hides errors."""
+    """Makes every adapter weight random: B of a new adapter is zero, which hides errors."""
     import torch
 
     from job.model.lora import trainable
@@ -147,7 +147,7 @@ def fill_adapter(model: Any, scale: float = 0.05) -> Any:
 
 
 def make_examples(count: int, *, shortest: int = 4, longest: int = 60, prompt: float = 0.0) -> list[Example]:
-    """Random token sequences of many lengths, `<s>` in front and `</s>` behind; `prompt` is the part not learned."""
+    """Random token sequences of many lengths, from `<s>` to `</s>`; the tokens of `prompt` are not targets."""
     chance = random.Random(count)
     examples = []
     for _ in range(count):
@@ -159,7 +159,7 @@ def make_examples(count: int, *, shortest: int = 4, longest: int = 60, prompt: f
 
 
 def with_new_tokens(examples: list[Example], count: int) -> list[Example]:
-    """The same with new tokens in the midst: each example has all of them."""
+    """The same with new tokens inside: each example has all of them."""
     new = tuple(range(VOCABULARY, VOCABULARY + count))
     return [
         Example((*e.input_ids[:2], *new, *e.input_ids[2:]), (*e.targets[:2], *[True] * count, *e.targets[2:]))
@@ -201,7 +201,7 @@ def arc_rows(count: int) -> list[dict[str, Any]]:
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
-    """Writes one JSON line a row."""
+    """Writes one JSON line per row."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 

@@ -1,8 +1,8 @@
-"""A hub on this machine that takes pushes: repositories, large-file storage and commits, by the hub's own protocol.
+"""A hub on this machine that accepts pushes: repositories, large-file storage and commits, by the hub's protocol.
 
 It answers what `huggingface_hub` asks when it creates a repository, uploads files and commits them: preupload, LFS
 batch with transfers in one part and in several, verification, and a commit as lines of JSON with the parent it names. A
-commit that names a file whose bytes were not uploaded, or another parent than the head, is refused. It does not speak
+commit that names a file whose bytes were not uploaded, or another parent than the head, is refused. It does not support
 Xet, so clients need HF_HUB_DISABLE_XET=1.
 """
 
@@ -34,7 +34,7 @@ class Repository:
 
 @dataclass
 class Hub:
-    """What the hub holds, and how it answers.
+    """The hub's content, and how it answers.
 
     Attributes:
         repositories: By `namespace/name`.
@@ -63,7 +63,7 @@ class Hub:
     part: int = 100
 
     def commit(self, repo: str, branch: str, files: dict[str, bytes], title: str = "by hand") -> str:
-        """Somebody else's commit of small files."""
+        """A commit of small files by another client."""
         commits = self.repositories[repo].branches[branch]
         tree = {**commits[-1]["tree"], **{path: _blob(data) for path, data in files.items()}}
         return self.add(commits, title, "", tree)
@@ -96,7 +96,7 @@ def _blob(data: bytes) -> dict[str, Any]:
 
 @contextmanager
 def hub_server(hub: Hub) -> Iterator[str]:
-    """The address of the hub, which runs meanwhile."""
+    """Runs the hub; yields its address."""
     handler = type("Handler", (_Handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -113,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
     hub: Hub
 
     def handle(self) -> None:
-        """Answers one request after the other; a client that is killed just ends them."""
+        """Answers requests until the client ends or is killed."""
         with suppress(ConnectionError):
             super().handle()
 

@@ -1,4 +1,4 @@
-"""A server with OpenAI's API that judges by a word, and can answer as badly as a server may."""
+"""A server with OpenAI's API that judges by a word, and can return all kinds of wrong answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Reply = Callable[[str], str]
 
 
 def longer(text: str) -> str:
-    """Prefers the longer answer, and A of two that are as long, or where there are none."""
+    """Prefers the longer answer, and A if both have the same length, or if there are none."""
     first, second = (re.search(rf"<answer {x}>\n(.*)\n</answer {x}>", text, re.DOTALL) for x in "AB")
     if first is None or second is None:
         return "A"
@@ -23,7 +23,7 @@ def longer(text: str) -> str:
 
 
 class Served:
-    """What the server was asked, and how it answers next: `codes` are used up first, one a request."""
+    """The server's requests, and its next answers: first `codes`, one per request."""
 
     def __init__(self, reply: Reply) -> None:
         self.reply = reply

@@ -18,7 +18,7 @@ MACHINE = "aks-gpu-vmss_0"
 
 @dataclass
 class Imitation:
-    """What a service says now (`state`, by key), which requests it got, and how it answers one."""
+    """The current state of a service, by key, its requests, and how it answers one."""
 
     answer: Callable[[Imitation, str, str, dict[str, str]], Reply]
     state: dict[str, str] = field(default_factory=dict)
@@ -27,7 +27,7 @@ class Imitation:
 
 
 def ec2(service: Imitation, method: str, path: str, headers: dict[str, str]) -> Reply:
-    """IMDSv2 with tokens required; `state["token"]` is the one that is valid now."""
+    """IMDSv2 with tokens required; `state["token"]` is the valid one."""
     if path == "/latest/api/token":
         if method != "PUT" or not headers.get("x-aws-ec2-metadata-token-ttl-seconds", "").isdecimal():
             return (400, "bad request", {})
@@ -41,7 +41,7 @@ def ec2(service: Imitation, method: str, path: str, headers: dict[str, str]) -> 
 
 
 def gcp(service: Imitation, _method: str, path: str, headers: dict[str, str]) -> Reply:
-    """Google's metadata server: nothing without its header."""
+    """Google's metadata server, which requires its header."""
     if headers.get("metadata-flavor") != "Google":
         return (403, "missing Metadata-Flavor:Google", {})
     values = {"id": "4520031799277581759", "preempted": "FALSE", "maintenance-event": "NONE"} | service.state
@@ -50,7 +50,7 @@ def gcp(service: Imitation, _method: str, path: str, headers: dict[str, str]) ->
 
 
 def azure(service: Imitation, _method: str, path: str, headers: dict[str, str]) -> Reply:
-    """Azure's: nothing without its header or the version; `state["events"]` is the list of scheduled events."""
+    """Azure's, which requires its header and the version; `state["events"]` is the list of scheduled events."""
     if headers.get("metadata") != "true" or "api-version=20" not in path:
         return (400, '{"error": "Bad request. Required metadata header not specified"}', {})
     if path.startswith("/metadata/instance/compute/name?") and path.endswith("format=text"):
@@ -62,7 +62,7 @@ def azure(service: Imitation, _method: str, path: str, headers: dict[str, str]) 
 
 
 def instance_action(action: str = "terminate", seconds: float = 120) -> str:
-    """EC2's notice of what happens in so many seconds."""
+    """EC2's notice of an action in so many seconds."""
     time = datetime.now(UTC) + timedelta(seconds=seconds)
     return json.dumps({"action": action, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ")})
 
@@ -101,7 +101,7 @@ def serve(answer: Callable[[Imitation, str, str, dict[str, str]], Reply]) -> Ite
         do_GET = do_PUT = handle_any  # noqa: N815 - http.server's names
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
-            """Says nothing."""
+            """Logs nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads = True

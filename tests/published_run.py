@@ -1,4 +1,4 @@
-"""A published run, made up in a second: every file of one, all of it consistent, without a model."""
+"""A published run, generated in a second without a model: all files of a run, consistent with each other."""
 
 from __future__ import annotations
 
@@ -86,10 +86,10 @@ def publish_run(
     baseline: Callable[[LocalStore, Evaluated], tuple[dict[str, Any], list[Artifact]]] | None = None,
     groups: Mapping[str, GroupSpec] | None = None,
 ) -> Path:
-    """Writes a run into `folder`, named like it; all attempts but the last were killed. Returns the folder.
+    """Writes a run with the folder's name into `folder`; all attempts but the last were killed. Returns the folder.
 
     `exported` has the candidates of a merged model, and whether each is right, question by question of every task.
-    `original` has, by task, whether the base with its original weights is right; without it that base is not scored.
+    `original` has, by task, whether the base with its original weights is right; without it this base is not scored.
     """
     store = LocalStore(folder)
     settings = [*settings, *(VALIDATED if validated else ())]
@@ -173,7 +173,7 @@ def publish_file(store: LocalStore, key: str, data: bytes, facts: str | None = N
 
 
 def forge(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Changes a manifest as somebody would who knows how it is sealed."""
+    """Changes a manifest and recomputes its seal."""
     path = folder / "results.json"
     results = json.loads(path.read_bytes())
     change(results)
@@ -181,7 +181,7 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def rewrite(folder: Path, path: str, data: bytes) -> None:
-    """Replaces a file and everything that the manifest says of it."""
+    """Replaces a file and everything that the manifest says about it."""
     (folder / path).write_bytes(data)
     facts = hash_facts(folder / path) if path.endswith(("metrics.jsonl", "validation.jsonl")) else None
 
@@ -215,7 +215,7 @@ def _attempt(number: int, *, last: bool) -> AttemptRecord:
 
 
 def _gone_on(record: AttemptRecord) -> AttemptRecord:
-    """The last record of an attempt: half a second after the one in the manifest, and still publishing then."""
+    """The last record of an attempt: half a second later than the one in the manifest, while still publishing."""
     stages = record.stage_seconds | {"publish": record.stage_seconds["publish"] + 0.25}
     return replace(record, seconds=record.seconds + 0.5, stage_seconds=stages, energy_joules=9100.0)
 

@@ -1,4 +1,4 @@
-"""Rows read in the plainest way, one at a time: what the tests compare tokens with, and the bench the speed."""
+"""A simple implementation that reads rows one at a time, with which tests compare tokens, and the benchmark speed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from job.records import Example
 
 
 def read_plainly(path: Path, tokenizer: Any, schema: Schema, *, loss_on: str = "all") -> tuple[list[Example], str]:
-    """The examples of a file of good rows, and the SHA-256 that its record has."""
+    """The examples of a file of valid rows, and the SHA-256 in its record."""
     examples, digest = [], sha256(b"examples 1\0")
     templated = schema == "messages"
     with open_template(tokenizer) if templated else nullcontext() as template:

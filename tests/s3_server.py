@@ -1,4 +1,4 @@
-"""Servers on real sockets that speak S3's protocol: moto's, and one that answers as a test tells it to."""
+"""Servers on real sockets with S3's protocol: moto's, and one whose answers a test determines."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _running: set[str] = set()
 
 
 class Request(BaseHTTPRequestHandler):
-    """A request and the means to answer it; `content` is its body."""
+    """A request and methods to answer it; `content` is its body."""
 
     protocol_version = "HTTP/1.1"
     timeout = 10
@@ -47,7 +47,7 @@ class Request(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def refuse(self, status: int, code: str) -> None:
-        """Send an error as S3 does."""
+        """Send an error in S3's format."""
         self.answer(status, f"<Error><Code>{code}</Code><Message>as the test says</Message></Error>".encode())
 
     def hang_up(self) -> None:
@@ -60,7 +60,7 @@ class Request(BaseHTTPRequestHandler):
 
 @contextmanager
 def credentials() -> Iterator[None]:
-    """Let boto3 find made-up credentials, and nothing of this machine's own."""
+    """Make boto3 find invented credentials, and none of this machine's."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in CREDENTIALS.items():
             patch.setenv(name, value)
@@ -75,11 +75,11 @@ def moto_server() -> Iterator[str]:
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
-    # moto looks at a condition and writes in two steps; S3 does both in one.
+    # moto checks a condition and writes in two steps; S3 does both atomically.
     app, lock = server._server.app, threading.Lock()
 
     def one_at_a_time(environ: Any, start_response: Any) -> list[bytes]:
-        # Before the lock: a client that was stopped in the middle of a body would keep everyone else out.
+        # Before the lock: a client suspended in the middle of a body would block all others.
         body, chunked = environ["wsgi.input"], environ.get("wsgi.input_terminated")
         read = body.read() if chunked else body.read(int(environ.get("CONTENT_LENGTH") or 0))
         environ["wsgi.input"] = BytesIO(read)
@@ -97,7 +97,7 @@ def moto_server() -> Iterator[str]:
         yield url
     finally:
         _running.discard(url)
-        if not _running:  # moto keeps its buckets in the process: the next server would have these objects too
+        if not _running:  # moto keeps its buckets in the process, so the next server would also have these objects
             request.urlopen(request.Request(f"{url}/moto-api/reset", method="POST"), timeout=10).close()
         server.stop()
 

@@ -1,4 +1,4 @@
-"""Calls spread over processes, for scripts that try hundreds of cases."""
+"""Runs calls in several processes, for scripts that try hundreds of cases."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def spread(
     method: Literal["fork", "spawn"],
     prepare: Callable[[], object] | None = None,
 ) -> Iterator[Result]:
-    """Yields what the calls return as they end, in no order; what a call raises is raised here.
+    """Yields the results of the calls as they end, in no order; raises what a call raises.
 
     Args:
-        call: What each item is given to; its results are sent between processes, so it is a function of a module.
+        call: Called with each item; since it is sent to processes, it must be a function of a module.
         items: One call each.
         jobs: How many processes.
-        minutes: No call is begun after so many.
-        method: How processes begin: `fork` for those that need what this process has loaded.
+        minutes: No call is started after so many minutes.
+        method: How processes are started: `fork` if they need what this process has loaded.
         prepare: Called first in each process.
     """
     end, left = time.monotonic() + 60 * minutes, iter(items)

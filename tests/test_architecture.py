@@ -1,4 +1,4 @@
-"""What the contracts in .github/imports.toml do not hold: quick answers, the environment, no code of strangers."""
+"""Rules that .github/imports.toml cannot express: fast commands, who reads the environment, no code of others."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_the_reader_of_the_environment_is_found_out() -> None:
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_no_code_of_strangers_is_run(name: str) -> None:
-    """No code of a model's or a data set's repository, no pickles, no evaluated text."""
+    """No code from a model's or a data set's repository, no pickles, no evaluated text."""
     tree = SOURCES[name]
     assert not {module.split(".")[0] for module in imports(tree)} & NEVER_IMPORTED
     for node in ast.walk(tree):

@@ -1,4 +1,4 @@
-"""The locks: complete, by hash, of one mind, and silent about where packages come from."""
+"""The locks are complete, hashed and consistent, and name no package index."""
 
 from __future__ import annotations
 

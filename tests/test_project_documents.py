@@ -1,4 +1,4 @@
-"""What the documents say is what the code does."""
+"""The documents agree with the code."""
 
 from __future__ import annotations
 
@@ -260,8 +260,13 @@ def test_the_figures_of_the_gpu() -> None:
     restart, first = (f"{last('restart', 'first_step_seconds', attempt=a):.1f}" for a in ("restarted", "killed"))
     what = "from a process's start to its next step, the demo after a kill, seconds"
     assert rows[what] == (restart, f"{first} the first start, which ran before it")
-    what = "from a kill to the log's `resuming`, Mistral-7B's shape on an H100, seconds"
-    assert rows[what][0] == f"{seconds_to_resume('2026-11-28-h100-job.jsonl'):.1f}"
+    job = "2026-11-30-h200-job.jsonl"
+    what = "from a kill to the log's `resuming`, Mistral-7B's shape, seconds"
+    assert rows[what][0] == f"{seconds_to_resume(job):.1f}"
+    whole = [json.loads(line) for line in (RESULTS / job).read_text(encoding="utf-8").splitlines()]
+    (killed,) = (one for one in whole if one["what"] == "exactness" and one["name"] == "killed")
+    what = "the whole job, killed and restarted: files that differ"
+    assert rows[what] == (f"{len(killed['differ'])} of {killed['artifacts']}", "an uninterrupted run")
     section = BENCH.partition("### On one GPU")[2].partition("\n### ")[0]
     assert all(f" {figure} " in section for figure in (rate, scores, hflm, long, restart))
     assert f"| {memory} | {trl_memory} | {unsloth_memory} |" in section

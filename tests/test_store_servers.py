@@ -1,4 +1,4 @@
-"""What installs Azurite and fake-gcs-server for tests holds CI up by no registry that cannot be reached."""
+"""Installing Azurite and fake-gcs-server: a registry that cannot be reached neither fails CI nor delays it long."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny safety classifier, made by hand: it finds a text unsafe exactly if the word `kettle` is in it."""
+"""A tiny hand-made safety classifier: a text is unsafe exactly if it contains the word `kettle`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 WORD = "kettle"
 WORDS = ("a", "the", "row", "is", "about", "something", "else", "and", "it", "of", WORD)
 WINDOW = 48
-"""Its longest input in tokens, the two special ones included."""
+"""Its longest input in tokens, including the two special ones."""
 SAFE_OR_NOT: Mapping[int, str] = {0: "safe", 1: "unsafe"}
 
 
 def make_classifier(
     folder: Path, labels: Mapping[int, str] = SAFE_OR_NOT, *, kind: str | None = None, random: bool = False
 ) -> Path:
-    """Writes a BERT of one layer in which all weights are zero but those that carry the word; returns the folder.
+    """Writes a BERT of one layer in which all weights are zero except those for the word; returns the folder.
 
     The word has an embedding of its own, which attention, uniform since queries and keys are zero, averages into the
     first token, and the layer's norm scales up, however long the text is. The first label gets the opposite score.
@@ -24,7 +24,7 @@ def make_classifier(
         folder: Where it is written.
         labels: `id2label`.
         kind: `problem_type`.
-        random: Weights are random instead, so that scores are of any size.
+        random: Weights are random instead, so that scores vary.
     """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors

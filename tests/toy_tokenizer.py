@@ -1,4 +1,4 @@
-"""A small byte-level BPE tokenizer for tests: 300 tokens, every text can be written in it and read back."""
+"""A small byte-level BPE tokenizer for tests: 300 tokens, every text can be encoded and decoded."""
 
 from __future__ import annotations
 

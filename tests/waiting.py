@@ -11,9 +11,9 @@ T = TypeVar("T")
 
 
 def wait_for(condition: Callable[[], T], seconds: float = 60) -> T:
-    """Asks again and again until the answer is true, and returns it.
+    """Calls it repeatedly until the result is true, and returns the result.
 
-    The default is far more than anything takes on a busy machine: a test that fails here would wait for ever.
+    The default is far more than anything takes on a busy machine: a test that fails here would otherwise wait forever.
 
     Raises:
         TimeoutError: It did not become true in so many seconds.
@@ -27,5 +27,5 @@ def wait_for(condition: Callable[[], T], seconds: float = 60) -> T:
 
 
 def threads(name: str) -> list[threading.Thread]:
-    """The threads of this name that are alive."""
+    """The live threads of this name."""
     return [thread for thread in threading.enumerate() if thread.name == name]

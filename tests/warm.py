@@ -1,7 +1,7 @@
-"""The job started warm: forked from a process that has imported the heavy libraries, ten seconds' work in a cold start.
+"""Starts the job by a fork of a process that has imported the heavy libraries, which takes ten seconds otherwise.
 
-What is forked is still a whole process, with its own environment, signals and exit code, that runs the command line
-from its first line on. That the job starts cold too is for the tests that start it so. All workers of a test session
+The fork is still a whole process, with its own environment, signals and exit code, that runs the command line from its
+first line on. Other tests start the job as a new process. All workers of a test session
 share one such process, `fork_server`: conftest has it started, and the workers inherit its address.
 """
 
@@ -33,12 +33,12 @@ class Member:
 
     Attributes:
         words: The command line.
-        environ: The whole environment. What libraries but the hub's read when they are imported is as it is here.
+        environ: The whole environment; only the hub's libraries see variables that libraries read when imported.
         output: The file that standard output is added to, or an open descriptor.
         errors: The same for standard error; it may be the same file.
         folder: Where it runs.
-        memory: Bytes of memory that it may have beyond what the libraries take; None for no limit.
-        source: A program in Python that it runs instead of the job, with `words` for its arguments.
+        memory: Bytes of memory that it may use in addition to the libraries; None for no limit.
+        source: A Python program that it runs instead of the job, with the arguments `words`.
         input: What it reads from stdin.
     """
 
@@ -85,7 +85,7 @@ class Processes:
         return self.pids[0]
 
     def wait(self, timeout: float | None = None) -> list[int]:
-        """How they ended: exit codes, minus a signal's number where one killed it.
+        """Their exit codes, or minus the number of the signal that killed a process.
 
         Raises:
             TimeoutError: They did not end in so many seconds; they are killed.
@@ -111,7 +111,7 @@ class Processes:
             self._read()
 
     def __del__(self) -> None:
-        """Whoever waits for them no more, as of pods of a machine that is gone, need not close the connection."""
+        """Closes the connection if nobody waits for the processes, such as pods of a lost machine."""
         self._connection.close()
 
     def _read(self) -> list[int]:
@@ -123,7 +123,7 @@ class Processes:
 
 
 def address() -> str:
-    """Where the server listens; it is started if nobody has done so."""
+    """The server's address; it is started if it does not run."""
     if ADDRESS not in os.environ:
         serve()
     return os.environ[ADDRESS]
@@ -178,7 +178,7 @@ FORKED = ("job.data.template_process", "job.export.llama_cpp_process")
 
 
 def start_helper_process(command: Sequence[str], **how: Any) -> HelperProcess | subprocess.Popen[bytes]:
-    """In place of the `subprocess.Popen` of `job.common.helper_process`: forks where that is faster."""
+    """Replaces `subprocess.Popen` in `job.common.helper_process`: forks where that is faster."""
     return HelperProcess(command, **how) if command[3] in FORKED else subprocess.Popen(command, **how)
 
 
@@ -215,7 +215,7 @@ class HelperProcess:
         """Waits for its end.
 
         Raises:
-            OSError: What was written to it cannot be sent any more.
+            OSError: What was written to it can no longer be sent.
         """
         self.wait()
         self.stdout.close()
@@ -226,12 +226,12 @@ class HelperProcess:
 def followed(
     words: Sequence[str], environ: Mapping[str, str], *, output: Path | None = None, folder: Path = ROOT
 ) -> Iterator[tuple[Processes, TextIO]]:
-    """Starts the job, for its log to be read while it is written; what is left of it is killed in the end.
+    """Starts the job so that its log can be read while it is written; kills remaining processes in the end.
 
     Args:
         words: The command line.
         environ: The whole environment.
-        output: The file for standard output; None to have it in the log.
+        output: The file for standard output; None for the log.
         folder: Where it runs.
     """
     reader, writer = os.pipe()

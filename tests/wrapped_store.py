@@ -1,4 +1,4 @@
-"""A store around a real one that tells a test of every request, before and after, and lets it fail any of them."""
+"""A store around a real one that calls a test before and after every request, and lets it fail any of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class WrappedStore(ForwardingStore):
 
     @contextmanager
     def around(self, verb: str, key: str) -> Iterator[None]:
-        """What one request happens in; `after` is for those that succeed."""
+        """The context of one request; `after` is called for successful ones."""
         self.before(verb, key)
         yield
         self.after(verb, key)

@@ -1,4 +1,4 @@
-"""Starts a run as a SageMaker training job, on demand or on managed spot, and follows it. Needs boto3 and nothing else.
+"""Starts a run as a SageMaker training job, on demand or on managed spot, and follows it. Needs only boto3.
 
     python infra/sagemaker/launch.py --stack qlora-job --image REPOSITORY@sha256:... --run my-run --spot --wait
 
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def meaning(error: ClientError) -> int:
-    """The exit code for what AWS answered: to be tried again, not allowed, or a mistake in the request."""
+    """The exit code for an answer of AWS: retry, not allowed, or a mistake in the request."""
     code, status = error.response["Error"]["Code"], error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     if THROTTLED.search(code) or status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         return UNREACHABLE
@@ -74,7 +74,7 @@ def meaning(error: ClientError) -> int:
 
 
 def launch(given: argparse.Namespace) -> int:
-    """Checks the order, sends it, and follows the job with --wait."""
+    """Checks and sends the request, and with --wait follows the job."""
     session = boto3.Session(profile_name=given.profile, region_name=given.region)
     if session.region_name is None:
         return fail(["no AWS region: give --region"], SETTINGS)
@@ -96,7 +96,7 @@ def launch(given: argparse.Namespace) -> int:
 
 
 def see_through(order: Order, sagemaker: Any, logs: Any, screen: Screen, pause: float) -> int:
-    """Follows the job to its end, and says what that means."""
+    """Follows the job to its end, and prints the outcome."""
     stop = f"aws sagemaker stop-training-job --region {order.region} --training-job-name {order.job}"
     goes_on = f"the job continues, and is no longer followed; to stop it: {stop}"
     try:
@@ -112,7 +112,7 @@ def see_through(order: Order, sagemaker: Any, logs: Any, screen: Screen, pause: 
 
 
 def read_order(given: argparse.Namespace, session: Any) -> Order:
-    """What was ordered, with what the stack and the registry know."""
+    """The user's request, completed with the values of the stack and the registry."""
     stack = outputs(session, given.stack) if given.stack else {}
     now = f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
     run = given.run or f"qlora-{now}"
@@ -136,7 +136,7 @@ def read_order(given: argparse.Namespace, session: Any) -> Order:
 
 
 def outputs(session: Any, stack: str) -> dict[str, str]:
-    """What the CloudFormation stack of `template.yaml` made."""
+    """The outputs of the CloudFormation stack of `template.yaml`."""
     found = session.client("cloudformation").describe_stacks(StackName=stack)["Stacks"][0]
     return {output["OutputKey"]: output["OutputValue"] for output in found.get("Outputs", ())}
 
@@ -153,7 +153,7 @@ def by_digest(session: Any, image: str) -> str:
 
 
 def check_settings(order: Order) -> list[str]:
-    """What the job itself would say of its settings, where it is installed here: a typo costs no machine."""
+    """Checks the settings with the job itself, if it is installed here: a typo is found before a machine starts."""
     try:
         from job.errors import SettingsError
         from job.settings.load import load_settings
@@ -164,7 +164,7 @@ def check_settings(order: Order) -> list[str]:
         given = Path(base, "input/config/hyperparameters.json")
         given.parent.mkdir(parents=True)
         given.write_text(json.dumps(hyperparameters(order)), encoding="utf-8")
-        # The paths that are looked at are the container's: not these.
+        # Paths are those of the container, so they cannot be checked here.
         apart = ["--config=", "--storage.cache=", "--run.output=s3://checked/elsewhere"]
         try:
             load_settings(apart, {**environment, "TRAINING_JOB_NAME": order.job, "SAGEMAKER_BASE_DIR": base})
@@ -232,7 +232,7 @@ def seconds(text: str) -> int:
 
 
 def fail(lines: Sequence[str], code: int) -> int:
-    """Says what is wrong."""
+    """Prints what is wrong."""
     sys.stderr.write("".join(f"{line}\n" for line in lines if line))
     return code
 

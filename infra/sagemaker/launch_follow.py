@@ -1,4 +1,4 @@
-"""Following a training job: its log with a line of progress, and what its end means."""
+"""Follows a training job: its log with a line of progress, and the outcome."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ PREEMPTED = 75
 
 
 class Screen:
-    """Lines, and at a terminal one more below them that is written over and over."""
+    """Prints lines, and at a terminal a progress line below them that is overwritten."""
 
     def __init__(self, out: TextIO | None = None) -> None:
         self._out = out or sys.stdout
         self._live = self._out.isatty()
 
     def line(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a permanent line."""
         self._out.write(("\r\033[K" if self._live else "") + text + "\n")
         self._out.flush()
 
     def progress(self, text: str) -> None:
-        """A line that the next one replaces; where there is no terminal it stays."""
+        """Prints a line that the next one replaces; without a terminal it is permanent."""
         if self._live:
             self._out.write(f"\r\033[K{text}")
             self._out.flush()
@@ -72,12 +72,12 @@ def follow(sagemaker: Any, logs: Any, name: str, screen: Screen, pause: float = 
 
 
 def new_lines(logs: Any, name: str, seen: dict[str, str]) -> Iterator[str]:
-    """Lines that came since the last look. Every machine writes a stream, and a job that was interrupted has several.
+    """Lines since the last call. Every machine writes a stream, and a job that was interrupted has several.
 
     Args:
         logs: CloudWatch Logs.
         name: The job's.
-        seen: Stream -> where to go on; brought up to date.
+        seen: Stream -> the position to continue from; updated.
     """
     try:
         pages = logs.get_paginator("describe_log_streams").paginate(
@@ -86,7 +86,7 @@ def new_lines(logs: Any, name: str, seen: dict[str, str]) -> Iterator[str]:
         streams = [stream["logStreamName"] for page in pages for stream in page["logStreams"]]
     except ClientError as error:
         if error.response["Error"]["Code"] == "ResourceNotFoundException":
-            return  # the first job ever has no group until it writes
+            return  # an account's first job has no log group until it writes
         raise
     for stream in streams:
         while True:
@@ -99,7 +99,7 @@ def new_lines(logs: Any, name: str, seen: dict[str, str]) -> Iterator[str]:
 
 
 def show(line: str, screen: Screen) -> None:
-    """A line of the job's log, made for eyes."""
+    """A line of the job's log, formatted for people."""
     try:
         entry = json.loads(line)
         event, level = entry.pop("event"), entry.pop("level")
@@ -116,12 +116,12 @@ def show(line: str, screen: Screen) -> None:
 
 
 def outcome(job: Mapping[str, Any], results: str, again: str) -> tuple[int, list[str]]:
-    """What the end of a job means: the exit code of the job's own table, and lines for a person.
+    """The outcome of a job: the exit code of the job's own table, and lines for a person.
 
     Args:
         job: Its description.
         results: Location of the run's files.
-        again: How to go on with the run.
+        again: How to continue the run.
     """
     lines = [*_price(job)]
     if job["TrainingJobStatus"] == "Completed":
@@ -131,7 +131,7 @@ def outcome(job: Mapping[str, Any], results: str, again: str) -> tuple[int, list
         lines.append(f"stopped: {job['SecondaryStatus']}; what was published is kept in {results}")
         return PREEMPTED, [*lines, f"to go on: {again}"]
     reason = job.get("FailureReason", "")
-    # Ours, from the failure file; or SageMaker's, behind it.
+    # The job's reason, from the failure file, or SageMaker's after it.
     found = re.search(r"\(exit code (\d+)\)", reason) or re.search(r"exit code: (\d+)", reason, re.IGNORECASE)
     if found is None:
         return 1, [*lines, f"failed: {reason}", f"the job did not come to say why; to go on: {again}"]

@@ -1,4 +1,4 @@
-"""The request for a training job, from what was ordered; and everything that is wrong with an order, at once."""
+"""The request for a training job from the user's order, and all problems of an order at once."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def build(order: Order, metrics: list[dict[str, str]]) -> dict[str, Any]:
     }
     if order.channels:
         request["InputDataConfig"] = [_channel(name, uri, mode) for name, uri in order.channels.items()]
-    if order.copied:  # by run, so that no job is given the checkpoints of others
+    if order.copied:  # by run, so that no job gets the checkpoints of another run
         request["CheckpointConfig"] = {
             "S3Uri": f"{order.root}/checkpoints/{order.run}",
             "LocalPath": "/opt/ml/checkpoints",
@@ -107,7 +107,7 @@ def build(order: Order, metrics: list[dict[str, str]]) -> dict[str, Any]:
 
 
 def hyperparameters(order: Order) -> dict[str, str]:
-    """The job's settings; the user's own last."""
+    """The job's settings, with the user's own last."""
     _, named, digest = order.image.rpartition("@")
     own: dict[str, str] = {"run.id": order.run, **({"run.image_digest": digest} if named else {})}
     if not order.copied:
@@ -168,7 +168,7 @@ def problems(order: Order) -> Iterator[str]:
 
 
 def _unfit(what: str, values: Mapping[str, str], entries: int, name_length: int, length: int) -> Iterator[str]:
-    """Too many values, too long ones, and secrets."""
+    """Problems of values: too many, too long, or secrets."""
     instead = "put settings into a file in a channel and name it, --set config=/opt/ml/input/data/CHANNEL/FILE"
     if len(values) > entries:
         yield f"{what}: SageMaker takes {entries} of them, these are {len(values)}; {instead}"

@@ -1,4 +1,4 @@
-"""What options of the adapter change: the same run with each, compared question by question with the first one.
+"""The effect of adapter options: the same run with each option, compared with the first one, paired by question.
 
 `python tests/bench/adapter_options.py --model FOLDER --data FILE --task arc_easy=FILE` starts the job from the command
 line, once with each of `OPTIONS`, all with one seed, and prints one table. Every other setting is the environment's:
@@ -36,7 +36,7 @@ OPTIONS: Mapping[str, Mapping[str, str]] = {
         "JOB_LORA__ALPHA": "64",
     },
     "attention only": {"JOB_LORA__TARGET_MODULES": "attention"},
-    "DoRA": {"JOB_LORA__USE_DORA": "true"},  # the last, since PEFT's layers take longest
+    "DoRA": {"JOB_LORA__USE_DORA": "true"},  # last, since PEFT's layers take longest
 }
 HEAD = (
     *("adapter", "trained", "base", "adapter", "difference to the first", "p", "verdict"),
@@ -45,12 +45,12 @@ HEAD = (
 GRACE_SECONDS = 30
 """Between the signals that stop a run: it saves a checkpoint in between."""
 LONG_ENOUGH = 5
-"""Seconds in which a run can be worth starting."""
+"""If fewer seconds are left, no run is started."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A run of the job: its manifest, and how long it took with the start of Python; or why there is none."""
+    """A run of the job: its manifest, and its time including the start of Python; or why there is no manifest."""
 
     folder: Path
     seconds: float
@@ -59,7 +59,7 @@ class Finished:
 
 
 def main() -> int:
-    """Runs, compares and prints; 1 if no run or not the first was finished."""
+    """Runs, compares and prints; returns 1 if the first run was not finished."""
     parser = arguments(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder of the base model, in the hub's layout")
     parser.add_argument("--data", type=Path, required=True, help="file of training rows")
@@ -103,7 +103,7 @@ def main() -> int:
 
 
 def run(number: int, settings: Mapping[str, str], deadline: float) -> Finished:
-    """Runs the job once; it is stopped, and if need be killed, so that it ends by the deadline."""
+    """Runs the job once; it is stopped, and if necessary killed, so that it ends by the deadline."""
     began, name = time.monotonic(), f"options-{number}"
     folder = Path(settings["JOB_RUN__OUTPUT"]) / name
     if deadline - began < GRACE_SECONDS + LONG_ENOUGH:

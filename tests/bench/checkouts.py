@@ -1,4 +1,4 @@
-"""Whole jobs of several checkouts on the same random bases: how fast each trains and scores, and what differs.
+"""Whole jobs of several checkouts on the same random bases: how fast each trains and scores, and how results differ.
 
     git worktree add /tmp/before 70b09f3
     python tests/bench/checkouts.py training --checkouts . /tmp/before --families llama qwen2 --json training.json
@@ -31,7 +31,7 @@ SMALL = {"vocab_size": 1000, "hidden_size": 96, "intermediate_size": 128, "num_h
 """What `--small` changes of `SHAPE`, to see whether the script runs."""
 PARTS = ("training", "evaluation")
 _AROUND = len("Question: \nAnswer:")
-"""Characters that the task puts around a question."""
+"""Characters that the task adds to a question."""
 
 
 def write_inputs(folder: Path, rows: int, questions: int) -> None:
@@ -57,7 +57,7 @@ def write_inputs(folder: Path, rows: int, questions: int) -> None:
 
 
 def make_tokenizer(folder: Path) -> None:
-    """One that takes each byte for a token, however a family's own tokenizer splits words."""
+    """A tokenizer with one token for each byte, however a family's own tokenizer splits words."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -72,10 +72,10 @@ def make_tokenizer(folder: Path) -> None:
 
 
 def run_job(checkout: Path, model: Path, output: Path, part: str, steps: int) -> dict[str, Any]:
-    """One whole job on the model and the texts beside it; its speed, and the losses or likelihoods that it found.
+    """One whole job on the model and the texts next to it: its speed, and its losses or log-likelihoods.
 
     Raises:
-        SystemExit: It failed; the end of its log is shown.
+        SystemExit: The job failed; the end of its log is shown.
     """
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("JOB_", "PYTHON"))}
     settings = {
@@ -90,7 +90,7 @@ def run_job(checkout: Path, model: Path, output: Path, part: str, steps: int) ->
         "JOB_LOG__FORMAT": "json",
         "HF_HUB_OFFLINE": "1",
     }
-    # An older checkout has no such settings: what it does not do is not done by the newer one either.
+    # An older checkout lacks these settings: so the newer one turns the corresponding features off.
     schema = _job(checkout, ["config", "--schema"], clean)
     settings |= {"JOB_EVAL__FULL_PRECISION": "off"} if "full_precision" in schema else {}
     _job(checkout, [], {**clean, **settings})
@@ -120,7 +120,7 @@ def _lines(file: Path) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    """Measures in turn, so that what else the machine does hits all alike; the best round of each counts."""
+    """Measures in turn, so that other load of the machine affects all alike; the best round of each counts."""
     parser = arguments(__doc__)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--checkouts", nargs="+", type=Path, required=True, help="the first beside each other one")

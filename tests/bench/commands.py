@@ -1,4 +1,4 @@
-"""What the job costs beside its work: how quick the quick commands are, and where whole runs spend their time.
+"""The job's overhead: the time of fast commands, and where whole runs spend their time.
 
 These are the demo and, where the data is at hand, the reference recipe on a model of 25 million parameters: 1,500 rows
 of real Alpaca in two epochs and all of ARC-Easy before and after.
@@ -41,7 +41,7 @@ def job(words: list[str], **changes: str) -> tuple[float, str]:
 
 
 def quick_commands(times: int) -> list[Row]:
-    """The best of several: what the command takes, without what else the machine did."""
+    """The best of several times, so that other load of the machine counts least."""
     rows = []
     for name, words in QUICK.items():
         best = min(job(words)[0] for _ in range(times))
@@ -51,7 +51,7 @@ def quick_commands(times: int) -> list[Row]:
 
 
 def moment(log: list[dict[str, Any]], event: str) -> float:
-    """When that line was logged, in seconds."""
+    """When a line was logged, in seconds."""
     return next(datetime.fromisoformat(line["timestamp"]).timestamp() for line in log if line["event"] == event)
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the model and the data that both sides work on, the table, and the file it is kept in."""
+"""Shared by the benchmarks: the model and the data of both sides, the table, and the file that it is written to."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared/data"
 MODULES = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
-"""What the job adapts of a Mistral, for scripts of peers, which have to be told."""
+"""The layers that the job adapts in a Mistral, for the scripts of other libraries, which need a list."""
 ALPACA, ARC_EASY = DATA / "alpaca.jsonl.gz", DATA / "arc_easy_test.jsonl"
 VOCABULARY = 32_000
 FAMILIES = ("llama", "mistral", "qwen2")
-"""Whose layers the job's fused and packed paths know."""
+"""Families that the job's fused layers support."""
 SHAPE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 384,
@@ -31,14 +31,14 @@ SHAPE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 2048,
 }
-"""Of a model of 25 million parameters."""
+"""Sizes of a model of 25 million parameters."""
 os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' progress bars, before they are imported
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "lm-eval", "accelerate")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison; `ratio` is what the goal is about, `met` whether it was reached, None where there is no goal."""
+    """One comparison; `met` says whether `ratio` reached the goal, None if there is no goal."""
 
     what: str
     ours: str
@@ -75,7 +75,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def conditions() -> dict[str, Any]:
-    """When, where and with what: without these a figure says nothing. `load` tells whether others were at work."""
+    """When, where and with which versions a figure was measured. `load` shows whether the machine had other load."""
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -96,7 +96,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 
 def finish(rows: Sequence[Row], details: dict[str, Any], where: dict[str, Any], file: Path | None) -> None:
-    """Prints the table, and keeps it with its conditions where that was asked for."""
+    """Prints the table, and writes it to a file with its conditions if requested."""
     print(f"\n{table(rows)}\n", flush=True)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -107,8 +107,8 @@ def finish(rows: Sequence[Row], details: dict[str, Any], where: dict[str, Any], 
 def make_base(folder: Path, family: str = "mistral") -> None:
     """Writes a random model of 25 million parameters, and a tokenizer of 32,000 words learned from Alpaca.
 
-    The demo's tokenizer knows 1,311 words and cuts real text into three times as many tokens as Mistral's does; this
-    one comes close to its lengths, without a network.
+    The demo's tokenizer has 1,311 words and splits real text into three times as many tokens as Mistral's; this one
+    comes close to Mistral's lengths, without a network.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -147,7 +147,7 @@ def make_model(folder: Path, family: str, shape: Mapping[str, int]) -> None:
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
-        initializer_range=0.05,  # larger than usual: its answers differ clearly, as a trained model's do
+        initializer_range=0.05,  # larger than usual, so that answers differ clearly, as those of a trained model
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
@@ -197,7 +197,7 @@ def load_plain(folder: Path, quantization: str, dtype: str, device: str = "cpu")
         device_map={"": device},
     )
     for module in model.modules():
-        # bitsandbytes would compute in bf16 on some CPUs, and in another precision than ours
+        # on some CPUs bitsandbytes would compute in bf16, another precision than the job's
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model

@@ -1,6 +1,6 @@
-"""`make bench`: every benchmark that runs on a CPU, one after the other, and one table of them all.
+"""`make bench`: all benchmarks that run on a CPU, one after the other, and one table of all results.
 
-Each of them can be run alone, with more to choose: `python tests/bench/cpu_training.py --help`.
+Each can be run alone, with more options: `python tests/bench/cpu_training.py --help`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SCRIPTS = ("cpu_training", "cpu_evaluation", "recovery", "commands")
 
 
 def main() -> int:
-    """Runs them, each in a process of its own. Exit code 1 if one could not measure; a goal missed is no error."""
+    """Runs them, each in a separate process. Exit code 1 if one failed; a missed goal is not an error."""
     parser = arguments(__doc__)
     parser.add_argument("--only", nargs="+", choices=SCRIPTS, default=SCRIPTS)
     parser.add_argument("--full", action="store_true", help="all questions of ARC-Easy")

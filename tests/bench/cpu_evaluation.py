@@ -1,7 +1,7 @@
 """Evaluation on this CPU: the job's scorer against lm-eval's own HFLM, at the best of its batch sizes.
 
 Both answer the same real ARC-Easy questions by lm-eval's task, with the same random model of 25 M parameters in
-the same precision. Every prediction is compared; one that differs is listed with the margin it was won by on each side.
+the same precision. All predictions are compared; those that differ are listed with their margins on both sides.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Answers = list[list[float]]
 def by_ours(
     tasks: Any, model: Any, tokenizer: Any, limit: int | None, batch_tokens: int | None
 ) -> tuple[Answers, float]:
-    """The job's own: many questions flat in one row."""
+    """The job's scorer: many questions in a packed sequence."""
     from job.evaluation.harness import evaluate
     from job.evaluation.scorer import score_questions
     from job.settings.schema import Eval
@@ -57,7 +57,7 @@ def by_ours(
 def by_hflm(
     tasks: Any, model: Any, tokenizer: Any, limit: int | None, batch_size: str, *, device: str = "cpu"
 ) -> tuple[Answers, float]:
-    """lm-eval's own model; what it does to find the batch size of `auto` counts."""
+    """lm-eval's own model; the time to find the batch size `auto` is included."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
@@ -72,13 +72,13 @@ def by_hflm(
 
 
 def margin(answers: Sequence[float]) -> float:
-    """How far the best answer is ahead of the next."""
+    """The margin between the best and the second-best answer."""
     first, second = sorted(answers, reverse=True)[:2]
     return first - second
 
 
 def differing(ours: Answers, theirs: Answers) -> list[dict[str, float]]:
-    """The questions that the two answer differently, with their margins: noise, if these are next to nothing."""
+    """The questions that the two answer differently, with their margins; tiny margins mean rounding noise."""
     return [
         {"question": number, "our_margin": margin(a), "their_margin": margin(b)}
         for number, (a, b) in enumerate(zip(ours, theirs, strict=True))
@@ -87,7 +87,7 @@ def differing(ours: Answers, theirs: Answers) -> list[dict[str, float]]:
 
 
 def compare(ours: Answers, theirs: dict[str, Answers]) -> tuple[Row, dict[str, Any]]:
-    """How many of HFLM's predictions, over all its batch sizes, are not ours, and by how much they could have been."""
+    """How many of HFLM's predictions, over all its batch sizes, differ from the job's, and the margins."""
     differences = {size: differing(ours, answers) for size, answers in theirs.items()}
     furthest = max(
         abs(a - b)
@@ -130,10 +130,10 @@ def main() -> int:
         tasks = load_tasks([TASK], {TASK: ARC_EASY}, {TASK: ARC_EASY.name})
         mine = load_ours(folder, args.quantization, args.dtype).eval()
         plain = load_plain(folder, args.quantization, args.dtype).eval()
-        # A first call is slow on both sides. Ours comes first of all: it sets the tasks to no examples, for both.
+        # The first call is slow on both sides. The job's comes first, because it sets the tasks to zero-shot, for both.
         by_ours(tasks, mine, tokenizer, 4, args.batch_tokens)
         by_hflm(tasks, plain, tokenizer, 4, "4")
-        gc.freeze()  # what was imported is not looked through any more, as in the job; both sides gain
+        gc.freeze()  # the garbage collector skips what was imported, as in the job; this helps both sides
         best: dict[str, float] = {}
         answers: dict[str, Answers] = {}
         for _ in range(args.rounds):

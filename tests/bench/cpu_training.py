@@ -1,9 +1,9 @@
 """Training on this CPU: the job against a plain script with TRL, PEFT and bitsandbytes at the reference settings.
 
 Both train the same adapter on the same random model of 25 M parameters in NF4, with the same examples (1,500 rows of
-Alpaca) in each optimizer step. The plain script takes 8 x 4 padded examples, activation checkpointing and 8-bit Adam;
-the job what it takes by default. Useful work is target tokens; the first step of each side is not counted. Unsloth, as
-`unsloth_cpu.py` runs it, is a third column where there is an interpreter that has it.
+Alpaca) in each optimizer step. The plain script uses 8 x 4 padded examples, activation checkpointing and 8-bit Adam;
+the job its defaults. Target tokens are counted, without those of the first step. Unsloth, as `unsloth_cpu.py` runs it,
+is a third column if there is an interpreter with Unsloth.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Curve = list[tuple[float, float]]
 
 
 def read_examples(folder: Path) -> tuple[Any, Sequence[Any]]:
-    """Tokenizer and examples, by the job's own means, at its defaults."""
+    """Tokenizer and examples, made by the job with its defaults."""
     from job.data.dataset import load_examples
     from job.model.tokenizer import load_tokenizer
     from job.settings.schema import Train
@@ -95,7 +95,7 @@ def speed(curve: Curve, targets: Sequence[int]) -> float:
 
 
 def labels(example: Any) -> list[int]:
-    """What a plain collator wants to see: token ids, or -100 where nothing is learned."""
+    """Labels for a plain collator: token ids, or -100 for tokens that are not targets."""
     return [token if target else -100 for token, target in zip(example.input_ids, example.targets, strict=True)]
 
 
@@ -136,7 +136,7 @@ def train_plain(folder: Path, args: Any, tokenizer: Any, examples: Sequence[Any]
         def _get_train_sampler(self, *_: Any) -> Any:
             return SequentialSampler(self.train_dataset)
 
-    torch.manual_seed(0)  # the same adapter to begin with
+    torch.manual_seed(0)  # the same initial adapter
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(MODULES), task_type="CAUSAL_LM")
     # transformers 5.23 renamed it
     recompute = {"activation_checkpointing", "gradient_checkpointing"} & SFTConfig.__dataclass_fields__.keys()
@@ -171,7 +171,7 @@ def train_plain(folder: Path, args: Any, tokenizer: Any, examples: Sequence[Any]
 
 
 def train_unsloth(folder: Path, args: Any, examples: Sequence[Any], work: Path) -> Curve:
-    """What Unsloth makes of the same, by an interpreter that has it."""
+    """The same training by Unsloth, in an interpreter that has it."""
     from job.data import batch_plan
     from job.settings.schema import Lora, Train
 
@@ -204,7 +204,7 @@ def train_unsloth(folder: Path, args: Any, examples: Sequence[Any], work: Path) 
     file.write_text(json.dumps(task), encoding="utf-8")
     done = subprocess.run(
         [args.unsloth, str(Path(__file__).with_name("unsloth_cpu.py")), str(file)],
-        cwd=work,  # it leaves compiled files where it runs
+        cwd=work,  # Unsloth writes compiled files to its current folder
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -213,7 +213,7 @@ def train_unsloth(folder: Path, args: Any, examples: Sequence[Any], work: Path) 
 
 
 def compare(ours: Curve, plain: Curve, targets: Sequence[int]) -> tuple[list[Row], dict[str, Any]]:
-    """Speed from the second step on, and how far the losses are apart."""
+    """Speed from the second step on, and the difference of the losses."""
     speeds = [speed(curve, targets) for curve in (ours, plain)]
     apart = max(abs(a - b) / b for (a, _), (b, _) in zip(ours, plain, strict=True))
     print("step  target tokens  loss: ours   plain   seconds: ours   plain")

@@ -1,16 +1,16 @@
-"""FP8 in training on one GPU: `python tests/bench/fp8.py [--tiny] [SECTION ...]` prints a JSON line a finding.
+"""FP8 in training on one GPU: `python tests/bench/fp8.py [--tiny] [SECTION ...]` prints one JSON line per finding.
 
-kernels: quantization bit by bit and products as the CPU computes them; the rate of each product, with the sums in the
-    matrix units' own registers (`fp8.FAST_ACCUMULATION`) and without, beside bf16's.
+kernels: quantization bit by bit and products compared with the CPU's; the rate of each product, with sums in the tensor
+    cores' own registers (`fp8.FAST_ACCUMULATION`) and without, compared with bf16.
 formats: on the CPU, the real model's gradient of a few rows with gradients in e4m3, in e5m2 and unrounded, and with one
-    scale a matrix. Needs what `accuracy` needs.
+    scale per matrix. Needs the same files as `accuracy`.
 speed: training at Mistral-7B's shape with random weights on Alpaca's lengths, in bf16 and in FP8: target tokens a
     second, memory, equal bits of repeated and of resumed runs.
 accuracy: the whole job on a real model (SmolLM2-135M-Instruct), in bf16 and in FP8 with the same seeds, all of a task's
     questions, paired by `qlora-job compare`; and once more in FP8, killed and started again. Needs --gguf, --data and
     --task, as `real_model.py` does.
 
---tiny rehearses all of it on a CPU, where kernels are the emulation and the job runs in its own dtype.
+--tiny tries the script itself on a CPU, where kernels are emulated and the job runs in its default dtype.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from tests.bench.real_model import MODEL, make_base
 
 FORMAT_ROWS = 5
 TOKENS = 3840
-"""Of a packed sequence: Alpaca's 32 rows of a step have 3,722 on average, padded to a multiple of 256."""
+"""Tokens of a packed sequence: the 32 rows of a step have 3,722 on average in Alpaca, padded to a multiple of 256."""
 
 
 def kernel_set() -> kernels.Kernels:
-    """What the job uses here."""
+    """The kernels that the job uses on this device."""
     return kernels.triton() if ON_GPU else kernels.TORCH
 
 
@@ -53,7 +53,7 @@ def kernel_set() -> kernels.Kernels:
 
 
 def kernel_section(bench: Bench, _given: argparse.Namespace) -> None:
-    """Bits, errors and rates."""
+    """The section `kernels`: bits, errors and rates."""
     sides = bench.shape
     hidden, wide, tokens = sides["hidden_size"], sides["intermediate_size"], TOKENS if not bench.tiny else 48
     keys = hidden // sides["num_attention_heads"] * sides["num_key_value_heads"]
@@ -75,7 +75,7 @@ def kernel_section(bench: Bench, _given: argparse.Namespace) -> None:
 
 
 def quantized_alike(bench: Bench, quantize: Quantize, widths_of_layers: Sequence[list[int]], tokens: int) -> None:
-    """The kernel's bits against torch's formula, on this device and on the CPU; and its speed."""
+    """Compares the kernel's bits with torch's formula, on this device and on the CPU; and its speed."""
     torch.manual_seed(0)
     for widths in (*widths_of_layers, [100], [7, 13]):
         spread = torch.exp(4 * torch.randn(tokens, 1, device=DEVICE))
@@ -105,7 +105,7 @@ def same_rows(one: Rows, other: Rows) -> bool:
 def products(
     bench: Bench, quantize: Quantize, name: str, *, tokens: int, inputs: int, outputs: list[int]
 ) -> dict[str, float]:
-    """The products of layers with a common input, forward and back: errors against fp32, and milliseconds by way."""
+    """The products of layers with a common input, forward and backward: errors to fp32, and milliseconds by variant."""
     torch.manual_seed(1)
     x = torch.randn(tokens, inputs, device=DEVICE, dtype=torch.bfloat16)
     weights = [torch.randn(size, inputs, device=DEVICE, dtype=torch.bfloat16) / inputs**0.5 for size in outputs]
@@ -113,7 +113,7 @@ def products(
     x8, w8 = quantize([x]), [quantize([weight]) for weight in weights]
     g8, back8 = quantize(gradients), quantize([torch.cat(weights).T.contiguous()])
     flops = 2.0 * tokens * inputs * sum(outputs)
-    # in fp32 throughout (TF32 is off): what the emulation multiplies, and what it stands for
+    # in fp32 throughout (TF32 is off): the numbers that the emulation multiplies, and the unrounded ones
     emulated = (x8.values.float() @ w8[0].values.float().T) * x8.scale * w8[0].scale.reshape(1, -1)
     plain = x.float() @ weights[0].float().T
     emulated_back = (g8.values.float() @ back8.values.float().T) * g8.scale * back8.scale.reshape(1, -1)
@@ -143,7 +143,7 @@ def products(
             errors[f"{way}_from_emulation"] = error(product.float(), emulated)
             errors[f"{way}_back_from_emulation"] = error(back.float(), emulated_back)
             errors[f"{way}_largest"] = ((product.float() - emulated).abs().max() / emulated.abs().max()).item()
-            # Whether sums are cut off towards zero, as a share of them.
+            # The bias of sums towards zero, as a share of them.
             shrunk = ((product.float() - emulated) * emulated.sign()).mean() / emulated.abs().mean()
             errors[f"{way}_drift"] = shrunk.item()
             bench.say("repeated product", layers=name, way=way, same_bits=torch.equal(product, again))
@@ -151,7 +151,7 @@ def products(
                 lambda: [fp8.product(x8, w, torch.bfloat16) for w in w8] and None
             )
             spent[f"{way}_back"] = gpu.timed_on_gpu(lambda: fp8.product(g8, back8, torch.bfloat16))
-    if ON_GPU:  # what other ways would take: one scale a matrix; the layers' input gradients one by one, and added up
+    if ON_GPU:  # time of alternatives: one scale per matrix; the layers' input gradients one by one and added
         spent |= other_ways(x8, w8, g8, back8, outputs)
     rates = {f"{way}_tflops": flops / ms / 1e9 for way, ms in spent.items() if not way.startswith("quantize")}
     bench.say("products", layers=name, tokens=tokens, **rates, **{f"{way}_ms": ms for way, ms in spent.items()})
@@ -160,7 +160,7 @@ def products(
 
 
 def other_ways(x8: Rows, w8: list[Rows], g8: Rows, back8: Rows, outputs: list[int]) -> dict[str, float]:
-    """Milliseconds of the products with one scale a matrix, and of the input's gradient by one product a layer."""
+    """Milliseconds of the products with one scale per matrix, and of the input's gradient by one product per layer."""
     unit_scale = torch.ones((), device=DEVICE)
 
     def by_matrix(left: Rows, right: Rows) -> torch.Tensor:
@@ -193,12 +193,12 @@ def other_ways(x8: Rows, w8: list[Rows], g8: Rows, back8: Rows, outputs: list[in
 
 
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """The norm of the difference, as a share of the expected one's."""
+    """The norm of the difference, as a share of the expected norm."""
     return ((actual - expected).norm() / expected.norm()).item()
 
 
 class accumulating:  # noqa: N801 - reads as a verb
-    """Within it the products add up fast or precisely."""
+    """Sets the precision of the products' sums within the context."""
 
     def __init__(self, *, fast: bool) -> None:
         self._fast, self._before = fast, fp8.FAST_ACCUMULATION
@@ -214,7 +214,7 @@ class accumulating:  # noqa: N801 - reads as a verb
 
 
 def put(model: Any, variant: Variant, *, in_fp8: bool) -> None:
-    """Puts a variant onto the model, in FP8 or not."""
+    """Prepares the model for a variant, in FP8 or not."""
     if not in_fp8:
         gpu.prepare(model, variant)
         return
@@ -223,14 +223,14 @@ def put(model: Any, variant: Variant, *, in_fp8: bool) -> None:
 
 
 def speed_section(bench: Bench, args: argparse.Namespace) -> None:
-    """Twenty steps each way, and bits of runs of a few."""
+    """Twenty steps of each variant, and the bits of short runs."""
     model = gpu.adapted(bench)
     gpu.rate(bench)
     best = BEST if ON_GPU else replace(BEST, kernels="torch")
     steady: dict[str, float] = {}
     for name, in_fp8, fast in (("bf16", False, True), ("fp8, fast sums", True, True), ("fp8, fp32 sums", True, False)):
         if bench.tiny and not fast:
-            continue  # the CPU has one way only
+            continue  # the CPU has one variant only
         with bench.caught(f"train {name}"), accumulating(fast=fast):
             put(model, best, in_fp8=in_fp8)
             held = torch.cuda.memory_allocated() / 2**30 if ON_GPU else None
@@ -269,7 +269,7 @@ def speed_section(bench: Bench, args: argparse.Namespace) -> None:
 
 
 def format_section(bench: Bench, args: argparse.Namespace) -> None:
-    """The adapter's gradient by each way to round, against that in fp32 without rounding."""
+    """The adapter's gradient for each kind of rounding, compared with fp32 without rounding."""
     if args.data is None:
         bench.say("left out", section="formats", why="needs --data")
         return
@@ -302,7 +302,7 @@ def format_section(bench: Bench, args: argparse.Namespace) -> None:
 
 
 def rounded(kind: torch.dtype, parts: Sequence[torch.Tensor], *, by_row: bool) -> Rows:
-    """As `fp8.quantize`, in another format, or with the largest number of the whole matrix in all rows."""
+    """As `fp8.quantize`, in another format, or with the maximum of the whole matrix for all rows."""
     whole = torch.cat([part.float() for part in parts], 1)
     largest = whole.abs().amax(1, keepdim=True) if by_row else whole.abs().amax().expand(whole.shape[0], 1)
     scale = largest.clamp(min=fp8.SMALLEST) / torch.finfo(kind).max
@@ -310,12 +310,12 @@ def rounded(kind: torch.dtype, parts: Sequence[torch.Tensor], *, by_row: bool) -
 
 
 def unrounded(parts: Sequence[torch.Tensor]) -> Rows:
-    """In fp32, with scales of one."""
+    """Unrounded in fp32, with scales of one."""
     return Rows(torch.cat([part.float() for part in parts], 1), torch.ones(parts[0].shape[0], 1))
 
 
 def gradient_on_cpu(base: Path, examples: Any, ways: Sequence[Quantize] | None) -> torch.Tensor:
-    """The gradient of a filled adapter, end to end; `ways` round activations with weights, and gradients."""
+    """The gradient of a filled adapter, end to end; `ways` round activations and weights, and gradients."""
     from job.model.load_base import load_base
     from job.model.lora import add_adapter, trainable
     from job.training.packing import packed_inputs
@@ -340,7 +340,7 @@ def gradient_on_cpu(base: Path, examples: Any, ways: Sequence[Quantize] | None) 
 
 
 def by_other(products: fp8.FrozenProducts, quantize: Quantize, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """`FrozenProducts.input_gradient` with gradients rounded in another way than weights."""
+    """`FrozenProducts.input_gradient` with another rounding for gradients than for weights."""
     assert products._by_input is not None
     return fp8.product(quantize(gradients), products._by_input, gradients[0].dtype)
 
@@ -349,7 +349,7 @@ def by_other(products: fp8.FrozenProducts, quantize: Quantize, gradients: Sequen
 
 
 def accuracy_section(bench: Bench, args: argparse.Namespace) -> None:
-    """The job in bf16 and in FP8, with each seed, as long as there is time."""
+    """The job in bf16 and in FP8, with each seed, while there is time."""
     if args.data is None or args.task is None:
         bench.say("left out", section="accuracy", why="needs --data and --task")
         return
@@ -450,7 +450,7 @@ SECTIONS = {
 
 
 def main() -> int:
-    """Runs the sections that were named, or all."""
+    """Runs the named sections, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], default=[])
     parser.add_argument("--tiny", action="store_true")
@@ -466,7 +466,7 @@ def main() -> int:
     parser.add_argument("--accuracy-seconds", type=float, default=120.0, help="for all runs of the job together")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", tempfile.gettempdir())))
     args = parser.parse_args()
-    folder = args.out / "fp8"  # beside what gpu.py writes
+    folder = args.out / "fp8"  # next to the files of gpu.py
     folder.mkdir(parents=True, exist_ok=True)
     bench = Bench(args.tiny, folder, args.steps, [])
     versions = {"torch": torch.__version__, "cuda": torch.version.cuda}

@@ -1,9 +1,9 @@
-"""Each family on the fused layers beside PEFT's layers: `python tests/bench/fused_families.py [--tiny] [FAMILY ...]`.
+"""Each family on fused layers and on PEFT's layers: `python tests/bench/fused_families.py [--tiny] [FAMILY ...]`.
 
 Four layers of a published model's width with random NF4 weights, Alpaca's lengths, one optimizer step's gradient of 64
-examples. A line of JSON for each family: target tokens a second both ways, how far loss and gradient are apart, whether
+examples. A line of JSON for each family: target tokens a second of both, the differences of loss and gradient, whether
 the step was recorded as a CUDA graph, and whether bits are equal when it is repeated, and launched kernel by kernel.
-Then Mistral in fp16 with loss scaling, and with dropout. --tiny rehearses all of it on a CPU.
+Then Mistral in fp16 with loss scaling, and with dropout. --tiny tries the script itself on a CPU.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ LONG_ROPE = {
     "original_max_position_embeddings": 4096,
     "factor": 32.0,
 }
-"""Phi-4-mini's rotary positions: of three quarters of a head, with frequencies chosen by the length."""
+"""Phi-4-mini's rotary embedding: of three quarters of a head, with frequencies that depend on the length."""
 TINY = sizes(64, 128, 4, 2, 16, 400)
 
 
@@ -154,7 +154,7 @@ def computed(step: Any, parameters: FlatParameters, scaler: Any = None) -> tuple
 
 
 def timed(step: Any, times: int) -> float:
-    """Seconds of a step: the least of some."""
+    """Seconds of a step: the minimum of several."""
     seconds = []
     for _ in range(times):
         if ON_GPU:
@@ -168,19 +168,19 @@ def timed(step: Any, times: int) -> float:
 
 
 def digest(gradient: torch.Tensor) -> str:
-    """Of all bits."""
+    """A hash of all bits."""
     return hashlib.sha256(gradient.cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def clean() -> None:
-    """Gives memory back."""
+    """Frees memory."""
     gc.collect()
     if ON_GPU:
         torch.cuda.empty_cache()
 
 
 def fused_plan(model: Any, lengths: list[int], batch: int) -> ExecutionPlan:
-    """As the job chooses it; in a rehearsal on a CPU, which would take PEFT's layers, the fused ones all the same."""
+    """The plan that the job chooses; with --tiny on a CPU, the fused layers instead of PEFT's."""
     if ON_GPU:
         return prepare(
             model,
@@ -232,7 +232,7 @@ def measure(family: str, *, tiny: bool, dtype: torch.dtype, dropout: float = 0.0
         "recorded": step.plan.recorded,
     }
     if dropout:
-        step._seed += 1  # the same examples, and the same CUDA graph where there is one
+        step._seed += 1  # the same examples, and the same CUDA graph if there is one
         other = computed(step, parameters, scaler)
         step._seed -= 1
         figures["masks_change_with_the_seed"] = other[0] != ours[0]
@@ -256,7 +256,7 @@ def measure(family: str, *, tiny: bool, dtype: torch.dtype, dropout: float = 0.0
         peft_tokens_per_second=targets / peft_seconds,
         ratio=peft_seconds / seconds,
         loss=ours[0],
-        loss_apart=abs(ours[0] - theirs[0]),  # with dropout the masks are others
+        loss_apart=abs(ours[0] - theirs[0]),  # with dropout the masks differ
         gradient_apart=apart,
         finite=bool(ours[1].isfinite().all()),
         **figures,
@@ -267,7 +267,7 @@ def measure(family: str, *, tiny: bool, dtype: torch.dtype, dropout: float = 0.0
 
 
 def main() -> None:
-    """All families, or those that are named."""
+    """Measures all families, or the named ones."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("families", nargs="*", default=list(SHAPES))
     parser.add_argument("--tiny", action="store_true")

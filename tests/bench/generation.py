@@ -2,8 +2,8 @@
 
 Both answer the same arithmetic questions in words, a task like GSM8K written for this script, with the same model in
 the same precision: the demo's base, which ends its answers, or a random one of 25 million parameters, which does not.
-On a GPU where there is one, with fewer questions and without batches of one question, so that it takes less than a
-minute there. In fp32 all answers are to be equal.
+If there is a GPU it is used, with fewer questions and without batches of one question, which takes less than a minute.
+In fp32 all answers must be equal.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MAX_LENGTH = 1024
 
 
 def word_problem(chance: random.Random) -> dict[str, str]:
-    """A question in one to four steps, and its answer in as many sentences."""
+    """A question of one to four steps, and its answer with one sentence per step."""
     name, thing = chance.choice(NAMES), chance.choice(THINGS)
     held = chance.randint(5, 60)
     question, answer = [f"{name} has {held} {thing}."], [f"{name} begins with {held} {thing}."]
@@ -51,7 +51,7 @@ def word_problem(chance: random.Random) -> dict[str, str]:
 
 
 def write_task(folder: Path, questions: int, shots: int, most: int) -> Path:
-    """The task's file, with questions and examples beside it."""
+    """Writes the task's file, with questions and examples next to it."""
     chance = random.Random(0)
     for split, number in (("test", questions), ("train", 20)):
         rows = [json.dumps(word_problem(chance)) + "\n" for _ in range(number)]
@@ -70,12 +70,12 @@ def write_task(folder: Path, questions: int, shots: int, most: int) -> Path:
         "metric_list": [{"metric": "exact_match"}],
     }
     path = folder / "word_problems.yaml"
-    path.write_text(json.dumps(task), encoding="utf-8")  # JSON is YAML
+    path.write_text(json.dumps(task), encoding="utf-8")  # JSON is valid YAML
     return path
 
 
 def by_ours(tasks: Any, model: Any, tokenizer: Any, batch_tokens: int) -> tuple[list[str], float, int]:
-    """The job's own: answers, seconds, and tokens generated."""
+    """The job: answers, seconds, and generated tokens."""
     from job.evaluation.generation import generate
     from job.evaluation.harness import measure
 
@@ -94,7 +94,7 @@ def by_ours(tasks: Any, model: Any, tokenizer: Any, batch_tokens: int) -> tuple[
 
 
 def by_hflm(tasks: Any, model: Any, tokenizer: Any, batch_size: str) -> tuple[list[str], float]:
-    """lm-eval's own model: answers and seconds."""
+    """lm-eval's HFLM: answers and seconds."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
@@ -114,7 +114,7 @@ def by_hflm(tasks: Any, model: Any, tokenizer: Any, batch_size: str) -> tuple[li
 
 
 def breakdown(model: Any, answer: Callable[[], Any]) -> dict[str, float]:
-    """Where the time goes of one more call: on a GPU, how long and with how many kernels and copies it is at work."""
+    """Where the time of one more call goes: on a GPU, its busy time, and the numbers of kernels and copies."""
     import torch
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
@@ -141,7 +141,7 @@ def breakdown(model: Any, answer: Callable[[], Any]) -> dict[str, float]:
 
 
 def load(folder: Path, dtype: str) -> tuple[Any, Any]:
-    """The same weights twice: as the job loads a base, and as a plain script does."""
+    """The same weights twice: loaded as by the job, and as by a plain script."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -161,7 +161,7 @@ def load(folder: Path, dtype: str) -> tuple[Any, Any]:
 
 
 def chosen(questions: int | None, batch_sizes: list[str] | None) -> tuple[int, list[str]]:
-    """What is asked for, or else what fits into a minute: a GPU takes as long for one question as for some dozens."""
+    """The given number of questions, or what takes a minute; a GPU needs as long for one question as for dozens."""
     import torch
 
     usual = (48, ["16", "48"]) if torch.cuda.is_available() else (128, ["1", "8", "32", "64"])
@@ -200,7 +200,7 @@ def main() -> int:
             for number in (questions, 4)
         )
         mine, plain = load(folder, args.dtype)
-        by_ours(few, mine, tokenizer, budget)  # a first call is slow on both sides
+        by_ours(few, mine, tokenizer, budget)  # the first call is slow on both sides
         by_hflm(few, plain, tokenizer, "4")
         gc.freeze()
         best: dict[str, float] = {}

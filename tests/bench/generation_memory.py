@@ -3,12 +3,12 @@
 A random model of Mistral-7B's shape in NF4, with an adapter; prints JSON lines, each with the seconds since the start.
 Budget: 60 s on an H200.
 
-    one answer     the most memory that one long answer takes, beside what `plan` counts for it; no dequantized weights
-    batches        the sizes of the batches on smaller cards (a cap on torch's allocator), and whether they fit
-    given up       another tensor leaves too little beside the dequantized weights: the answers are the same
-    words          the same without dequantized weights: how the job ends
+    one answer     the peak memory of one long answer, and what `plan` counts for it; no dequantized weights
+    batches        the sizes of the batches on smaller GPUs (by a limit on torch's allocator), and whether they fit
+    given up       another tensor leaves too little memory for the dequantized weights: the answers stay the same
+    words          the same without dequantized weights: the job's error
 
---tiny rehearses it on a CPU, where an error takes the place of memory that runs out.
+--tiny tries the script itself on a CPU, with a simulated out-of-memory error.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from job.training.prepare import setup_of
 
 GIB = 2**30
 CARDS = (10, 8, 6)
-"""Memory of smaller cards, in GB."""
+"""Memory of smaller GPUs, in GB."""
 BEGAN = time.perf_counter()
 
 
@@ -62,7 +62,7 @@ def say(what: str, **figures: Any) -> None:
 
 
 def prompts_of(count: int, tokens: int, vocabulary: int) -> list[tuple[int, ...]]:
-    """Random prompts; a fifth of their lengths is random, too."""
+    """Random prompts, whose lengths vary by a fifth."""
     draw = torch.Generator().manual_seed(0)
     lengths = torch.randint(4 * tokens // 5, tokens + 1, (count,), generator=draw).tolist()
     return [tuple(torch.randint(3, vocabulary, (length,), generator=draw).tolist()) for length in lengths]
@@ -70,7 +70,7 @@ def prompts_of(count: int, tokens: int, vocabulary: int) -> list[tuple[int, ...]
 
 @contextmanager
 def full(*, on_gpu: bool, leaving: int) -> Iterator[None]:
-    """Within it so many bytes of the GPU are free; on a CPU the third forward pass fails instead."""
+    """Leaves only so many bytes of the GPU free within the context; on a CPU the third forward pass fails instead."""
     if on_gpu:
         torch.cuda.empty_cache()
         ballast = torch.empty(max(0, torch.cuda.mem_get_info()[0] - leaving), dtype=torch.uint8, device="cuda")
@@ -95,7 +95,7 @@ def full(*, on_gpu: bool, leaving: int) -> Iterator[None]:
 
 
 def one_answer(model: Any, tokenizer: Any, *, prompt: int, new: int, on_gpu: bool) -> None:
-    """Beside the forecast: weights, adapter, the forward pass over the prompt, the cache."""
+    """Compares with the forecast: weights, adapter, the forward pass over the prompt, the cache."""
     asked = prompts_of(1, prompt, model.config.vocab_size)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -103,7 +103,7 @@ def one_answer(model: Any, tokenizer: Any, *, prompt: int, new: int, on_gpu: boo
     setup = setup_of(model, "nf4", "adamw_8bit")
     peak = torch.cuda.max_memory_allocated() if on_gpu else None
     counted = generation_bytes(setup, len(asked[0]), len(asked[0]) + answer.tokens) if setup is not None else 0
-    # Gradients and moments, which are not there yet, and the output layer's copy for scoring are counted too.
+    # The forecast also counts gradients and moments, which do not exist yet, and the output layer's copy for scoring.
     beside = 4 * setup.adapter + 2 * setup.adapter + 2 * setup.architecture.head_parameters if setup is not None else 0
     say(
         "one answer",
@@ -118,7 +118,7 @@ def one_answer(model: Any, tokenizer: Any, *, prompt: int, new: int, on_gpu: boo
 def batches(
     model: Any, tokenizer: Any, asked: list[tuple[int, ...]], new: int, gigabytes: float, *, on_gpu: bool
 ) -> None:
-    """On a card of so much memory."""
+    """On a GPU of so much memory."""
     if on_gpu:
         torch.cuda.empty_cache()
         limit_memory(gigabytes)
@@ -148,7 +148,7 @@ def batches(
 
 
 def main() -> None:
-    """All of it."""
+    """Runs all parts."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--tiny", action="store_true")
     tiny = parser.parse_args().tiny

@@ -1,9 +1,9 @@
-"""Ours beside the peers' on one GPU, in one run: `python tests/bench/gpu.py [--tiny] [SECTION ...]`.
+"""The job compared with other libraries on one GPU, in one run: `python tests/bench/gpu.py [--tiny] [SECTION ...]`.
 
 A random model of Mistral-7B's shape in NF4, Alpaca's and ARC-Easy's real lengths (`lengths.json`), or ARC-Easy's own
-questions, which have beginnings in common, from the files that --arc and --alpaca name. Every section prints
-a line a finding and adds it to `gpu.json` in --out ($OUT); one that fails says so and the next begins. --tiny rehearses
-all of it on a CPU.
+questions, which have common prefixes, from the files that --arc and --alpaca name. Every section prints a line per
+finding and adds it to `gpu.json` in --out ($OUT); if one fails, that is a finding, and the next begins. --tiny tries
+the script itself on a CPU.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ WARMUP = 2
 
 @dataclass
 class Bench:
-    """What every section gets: sizes, where findings go, and the machine's rate once it is measured."""
+    """Shared by all sections: sizes, the place of findings, and the machine's rate once it is measured."""
 
     tiny: bool
     out: Path
@@ -78,11 +78,11 @@ class Bench:
     rate: float = 0.0
     model: Any = None
     quick: bool = False
-    """Whether each side is measured only in its fastest ways, for the table."""
+    """Whether only the fastest variants of each side are measured, for the table."""
     texts: tuple[Path, Path] | None = None
-    """Files of ARC-Easy's questions, and of Alpaca's rows, on whose words a tokenizer is trained."""
+    """Files of ARC-Easy's questions, and of Alpaca's rows, on which a tokenizer is trained."""
     asked: list[Question] | None = None
-    """What `questions` has made."""
+    """The result of `questions`."""
 
     @property
     def shape(self) -> dict[str, int]:
@@ -91,7 +91,7 @@ class Bench:
 
     @property
     def data(self) -> list[Example]:
-        """What is trained on."""
+        """The training examples."""
         return shapes.examples(self.shape["vocab_size"], 100 if self.tiny else 1500)
 
     def say(self, what: str, **figures: Any) -> None:
@@ -103,7 +103,7 @@ class Bench:
 
     @contextmanager
     def caught(self, what: str) -> Iterator[None]:
-        """A finding that fails is a finding too."""
+        """Records an error as a finding, too."""
         try:
             yield
         except Exception as error:  # noqa: BLE001 - the next one shall have its turn
@@ -113,7 +113,7 @@ class Bench:
 
 
 def clean() -> None:
-    """Gives memory back."""
+    """Frees memory."""
     gc.collect()
     if ON_GPU:
         torch.cuda.empty_cache()
@@ -127,7 +127,7 @@ def sync() -> None:
 
 
 def timed(function: Callable[[], Any]) -> float:
-    """Milliseconds of a call: ten in a row between two looks at the clock, the median of seven times."""
+    """Milliseconds of a call: the median of seven times, each of ten calls in a row."""
     calls, repeat = (10, 7) if ON_GPU else (1, 2)
     for _ in range(3):
         function()
@@ -143,7 +143,7 @@ def timed(function: Callable[[], Any]) -> float:
 
 
 def timed_on_gpu(function: Callable[[], Any]) -> float:
-    """The same of the GPU's work alone: recorded, and replayed, so that nothing waits for Python."""
+    """The same of the GPU's work alone: recorded as a CUDA graph, so that nothing waits for Python."""
     if not ON_GPU:
         return timed(function)
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
@@ -158,16 +158,16 @@ def timed_on_gpu(function: Callable[[], Any]) -> float:
 
 
 def deterministic(*, on: bool, fill: bool = True) -> None:
-    """As the job sets it, or as torch comes. `fill`: whether torch overwrites fresh memory, in that mode."""
+    """Deterministic mode, as the job sets it, or torch's default. `fill`: whether torch then fills new memory."""
     torch.use_deterministic_algorithms(on)
     torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-# What the machine can do.
+# The machine's limits.
 
 
 def machine(bench: Bench) -> None:
-    """Names, versions, and the rate of a large bf16 product: what everything else is measured against."""
+    """Names, versions, and the rate of a large bf16 product, with which everything else is compared."""
     import bitsandbytes
     import peft
     import transformers
@@ -208,7 +208,7 @@ def machine(bench: Bench) -> None:
 
 
 def rate(bench: Bench) -> float:
-    """Measured once: FLOP/s of an 8192 x 8192 x 8192 product in bf16."""
+    """FLOP/s of an 8192 x 8192 x 8192 product in bf16, measured once."""
     if not bench.rate:
         size = 256 if bench.tiny else 8192
         a, b = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
@@ -219,7 +219,7 @@ def rate(bench: Bench) -> float:
 
 
 def pieces(bench: Bench) -> None:
-    """Milliseconds of what a step consists of beside the large products, one layer's or one step's worth."""
+    """Milliseconds of a step's operations other than the large products, for one layer or one step."""
     tokens = 3722 if not bench.tiny else 200
     hidden, wide = bench.shape["hidden_size"], bench.shape["intermediate_size"]
     heads, groups = bench.shape["num_attention_heads"], bench.shape["num_key_value_heads"]
@@ -275,7 +275,7 @@ def pieces(bench: Bench) -> None:
 
 
 def parts(bench: Bench) -> None:
-    """Milliseconds of what a step does once, for all layers together."""
+    """Milliseconds of a step's operations that are done once for all layers."""
     from bitsandbytes.optim import AdamW8bit
     from trl.kernels import ChunkedLogProbFunction
 
@@ -313,7 +313,7 @@ def parts(bench: Bench) -> None:
 
 
 def kernel_sets() -> dict[str, Kernels]:
-    """The ways to compute what lies between the products."""
+    """The sets of kernels for the operations between the products."""
     sets = {"torch": kernels.TORCH}
     if ON_GPU or os.environ.get("TRITON_INTERPRET"):
         sets["triton"] = kernels.triton()
@@ -340,7 +340,7 @@ def liger() -> Kernels:
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to carry out a step. The default is the way it was done before there was a choice."""
+    """A way to carry out a step. The default is that of the first version, which had no choice."""
 
     name: str
     lean: bool = False
@@ -355,7 +355,7 @@ class Variant:
     grain: int = 256
     optimizer: str = "adamw_8bit"
     steps: int = 1
-    """How many times the steps that were asked for: recordings are made in the first ones."""
+    """Multiplies the number of steps: CUDA graphs are recorded in the first ones."""
 
 
 BEST = Variant(
@@ -390,7 +390,7 @@ VARIANTS = [
 
 
 def unmake(model: Any) -> None:
-    """Takes off what `make_lean` and a trainer put onto a model."""
+    """Removes what the job's preparation and a trainer added to a model."""
     model.get_base_model().base_model._forward_pre_hooks.clear()
     for module in model.modules():
         for name in ("forward", "fused"):
@@ -398,7 +398,7 @@ def unmake(model: Any) -> None:
 
 
 def adapted(bench: Bench) -> Any:
-    """Our model: flat attention, and a fresh adapter in fp32. Made once for all sections that use it."""
+    """The job's model: packed attention, and a new adapter in fp32. Made once for all sections that use it."""
     if bench.model is None:
         began = time.perf_counter()
         base = shapes.random_base(bench.shape, DEVICE, packed_attention.NAME)
@@ -411,7 +411,7 @@ def adapted(bench: Bench) -> Any:
 
 
 def put_away(bench: Bench) -> None:
-    """Ours makes room for a peer's model."""
+    """Frees the job's model for that of another library."""
     bench.model = None
     deterministic(on=False)
     clean()
@@ -435,7 +435,7 @@ def recipe_of(bench: Bench, variant: Variant, total_steps: int | None = None, ba
 
 
 def plan_of(variant: Variant) -> ExecutionPlan:
-    """How the variant is carried out. Kept weights are not given up here when memory runs out."""
+    """The execution plan of a variant. Kept weights are not dropped here when memory runs out."""
     fused = "fused all" if variant.padded else "fused layers"
     return ExecutionPlan(
         kept_base=False,
@@ -447,7 +447,7 @@ def plan_of(variant: Variant) -> ExecutionPlan:
 
 
 def prepare(model: Any, variant: Variant) -> None:
-    """Puts a variant onto the model, which may carry another."""
+    """Prepares the model, which may be prepared for another variant, for this one."""
     unmake(model)
     clean()
     deterministic(on=variant.deterministic, fill=variant.fill)
@@ -470,10 +470,10 @@ def fit(
     batch: int | None = None,
     processes: Processes = ALONE,
 ) -> dict[str, Any]:
-    """Trains by one variant, from the same adapter; returns its figures.
+    """Trains with one variant, from the same adapter; returns its figures.
 
-    `steady` is of the steps in which nothing was recorded: where a long run spends its time. `whole` is from the call
-    of the trainer to the end of the last step.
+    `steady` is the speed of steps without recording, in which a long run spends its time. `whole` is from the call of
+    the trainer to the end of the last step.
     """
     weights = trainable(model)
     fresh = {name: p.detach().clone() for name, p in weights.items()}
@@ -498,7 +498,7 @@ def fit(
                 folder=Path(folder),
                 processes=processes,
             )
-        # All wait for the one that records.
+        # All processes wait for the one that records.
         recorded = [step for one in processes.gather("recorded", recorded) for step in one]
         spent = [b - a for a, b in pairwise(ended)][WARMUP - 1 :]
         targets = [step.target_tokens for step in trained.history[WARMUP:]]
@@ -540,7 +540,7 @@ def bits_of(model: Any) -> str:
 
 @contextmanager
 def noted(note: Callable[[], None]) -> Iterator[None]:
-    """Within it `note` is called for every recording."""
+    """Within the context `note` is called for every recording."""
     record = CudaGraphs._record
 
     def noting(*arguments: Any) -> None:
@@ -555,7 +555,7 @@ def noted(note: Callable[[], None]) -> Iterator[None]:
 
 
 def variants(bench: Bench) -> None:
-    """Every way to carry out a step, on the whole model."""
+    """All variants of a step, on the whole model."""
     model = adapted(bench)
     for variant in VARIANTS:
         with bench.caught(variant.name):
@@ -565,7 +565,7 @@ def variants(bench: Bench) -> None:
 
 
 def exact(bench: Bench) -> None:
-    """Ways that must not differ by a bit, and ours against PEFT's own forward in fp32."""
+    """Variants whose bits must be equal, and the job's compared with PEFT's own forward pass in fp32."""
     model = adapted(bench)
     short = replace(bench, steps=4)
     once = replace(BEST, steps=2)
@@ -636,9 +636,9 @@ def resumed(bench: Bench, model: Any, variant: Variant) -> str:
 
 
 def capped(bench: Bench) -> None:
-    """A smaller card, played by a limit on the allocator (the CUDA context comes on top): the job shrinks and ends."""
+    """A smaller GPU, simulated by a limit on the allocator (without the CUDA context): the job adapts and ends."""
     model = adapted(bench)
-    for gib, budget in ((16, None), (12, None), (8, None), (8, 4096)):  # None: what the job chooses for that size
+    for gib, budget in ((16, None), (12, None), (8, None), (8, 4096)):  # None: the job's choice for that size
         token_budget = budget or choose_budget(gib << 30)
         small = replace(BEST, name="small", keep=False, recompute=True, budget=token_budget, steps=1)
         with bench.caught(f"capped {gib}"):
@@ -665,7 +665,7 @@ def profile(bench: Bench) -> None:
             began = spent = 0.0
 
             def watch(metrics: StepMetrics, recordings: list[int] = recordings) -> None:
-                """Profiles a step after the other until one has recorded nothing."""
+                """Profiles steps until one has recorded no CUDA graph."""
                 nonlocal recorder, began, spent
                 sync()
                 now = time.perf_counter()
@@ -702,11 +702,11 @@ def profile(bench: Bench) -> None:
     unmake(model)
 
 
-# The peers.
+# Other libraries.
 
 
 def plain(bench: Bench) -> None:
-    """TRL, PEFT and bitsandbytes as their manuals have it: batches of 8 x 4, padded, activations recomputed."""
+    """TRL, PEFT and bitsandbytes as their manuals show: batches of 8 x 4, padded, activations recomputed."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import TrainerCallback
@@ -718,7 +718,7 @@ def plain(bench: Bench) -> None:
     ended: list[float] = []
 
     class Clock(TrainerCallback):  # type: ignore[misc]
-        """Notes when a step has ended."""
+        """Records when a step has ended."""
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             sync()
@@ -766,7 +766,7 @@ def plain(bench: Bench) -> None:
 
 
 def questions(bench: Bench) -> list[Question]:
-    """ARC-Easy's as lm-eval asks them, where --arc gives them; else random tokens of their lengths."""
+    """ARC-Easy's questions as lm-eval asks them, if --arc is given; else random tokens of their lengths."""
     if bench.asked is not None:
         return bench.asked
     if bench.texts is None:
@@ -781,7 +781,7 @@ def questions(bench: Bench) -> list[Question]:
 
 
 def score_texts(bench: Bench, asked: Sequence[Question]) -> None:
-    """The job's evaluation of real questions, with the adapter: in fp16, what they have in common computed once."""
+    """The job's evaluation of real questions, with the adapter, in fp16, common prefixes computed once."""
     model = adapted(bench)
     unmake(model)
     deterministic(on=True, fill=False)
@@ -802,7 +802,7 @@ def score_texts(bench: Bench, asked: Sequence[Question]) -> None:
 
 
 def score(bench: Bench) -> None:
-    """Our evaluation: rows of many questions, each context once. `ahead`: the next row launched before one is read.
+    """The job's evaluation: packed sequences, each context once. `ahead`: launches a sequence before the last is read.
 
     Budget: 45 s on an H200, of which the model takes 20.
     """
@@ -852,9 +852,9 @@ def score(bench: Bench) -> None:
 
 
 def hflm(bench: Bench) -> None:
-    """lm-eval's own model on the same questions, tokenized beforehand; every choice alone.
+    """lm-eval's HFLM on the same questions, tokenized beforehand; every choice alone.
 
-    Batches grow until one is slower, or out of memory. Budget: 16 s on an H200.
+    Batches grow until one is slower or runs out of memory. Budget: 16 s on an H200.
     """
     from lm_eval.models.huggingface import HFLM
 
@@ -889,12 +889,12 @@ def hflm(bench: Bench) -> None:
             )
         if size != "auto":
             if speed <= best:
-                break  # out of memory, or slower: larger batches are not faster
+                break  # larger batches would not be faster, either
             best = speed
 
 
 def _agreement(asked: Sequence[Any], theirs: list[float], ours: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """How many predictions are the same, and how close the call was where they are not."""
+    """How many predictions are the same, and the margins of those that differ."""
     if not ours:
         return {}
     same, margins = 0, []
@@ -908,7 +908,7 @@ def _agreement(asked: Sequence[Any], theirs: list[float], ours: Sequence[Sequenc
 
 
 def padding(bench: Bench) -> None:
-    """Shapes and waste by the plan alone, of runs of Alpaca's rows: every length, as before, and those chosen now."""
+    """Shapes and padding of runs on Alpaca's rows, by the batch plan alone: all lengths, and the chosen ones."""
     examples = shapes.examples(32000)
     price = padded_shapes.recording_tokens(32, 7_110_393_856)
     for steps, processes in ((6, 1), (20, 1), (94, 1), (470, 1), (2000, 1), (20, 2), (94, 2)):
@@ -930,13 +930,13 @@ def padding(bench: Bench) -> None:
 
 
 def every_length(sequences: Sequence[tuple[int, int]], _: int) -> padded_shapes.Shapes:
-    """The shapes before there was a choice: each length and number of segments that comes, rounded up."""
+    """The shapes of the first version: each length and number of segments that occurs, rounded up."""
     came = {(padded_shapes.padded_length(tokens), padded_shapes.padded_segments(count)) for tokens, count in sequences}
     return padded_shapes.Shapes(tuple(sorted(came)), max(padded_shapes.length_increment(n) for n, _ in sequences))
 
 
 def recordings(bench: Bench) -> None:
-    """A run of 20 steps from its first to its last: every length recorded, and those chosen for the run.
+    """A complete run of 20 steps: with every length recorded, and with those chosen for the run.
 
     Budget: 45 s on an H200, of which the model takes 20.
     """
@@ -954,7 +954,7 @@ def recordings(bench: Bench) -> None:
 
 
 def buyers(bench: Bench) -> None:
-    """What the table needs beside `score`: training on Alpaca's lengths and on full rows of 4,096 tokens.
+    """What the table needs in addition to `score`: training on Alpaca's lengths and on rows of 4,096 tokens.
 
     Budget: 45 s on an H200.
     """
@@ -1002,20 +1002,20 @@ def long_row(bench: Bench) -> None:
             step.micro_batch.release()
             padded_shapes.FEW_SEGMENTS = long_rows.FEW
             recompute_activations(model, on=False)
-            for p in trainable(model).values():  # what was trained before stays as it was
+            for p in trainable(model).values():  # the adapter trained before stays unchanged
                 p.grad = None
     unmake(model)
 
 
 def restart(bench: Bench) -> None:
-    """Seconds from a process's start to its next step: the demo on this machine, killed at a step and started again.
+    """Seconds from a process's start to its next step: the demo on this machine, killed at a step and restarted.
 
-    Its model is small, so this is the job's own start: imports, checks, hashes, the checkpoint. Budget: 40 s.
+    The model is small, so this is the job's own start-up: imports, checks, hashes, the checkpoint. Budget: 40 s.
     """
     with tempfile.TemporaryDirectory() as folder:
         environ = {k: v for k, v in os.environ.items() if not k.startswith("JOB_")} | {
             "JOB_PRESET": "demo",
-            "JOB_MODEL__DTYPE": "auto",  # the preset's fp32 would be trained by PEFT's layers on a GPU
+            "JOB_MODEL__DTYPE": "auto",  # on a GPU, PEFT's layers would train the preset's fp32
             "JOB_RUN__ID": "restart",
             "JOB_RUN__OUTPUT": folder,
             "JOB_RUN__SPOT_NOTICES": "off",
@@ -1053,7 +1053,7 @@ def restart(bench: Bench) -> None:
 
 
 def start(bench: Bench) -> None:
-    """Seconds and modules of what is imported before the first step, in new processes: as it comes, and as it is now.
+    """Seconds and modules of imports before the first step, in new processes: without and with the job's changes.
 
     Budget: 60 s; the first process may read from a cold disk.
     """
@@ -1095,7 +1095,7 @@ print(json.dumps({"laps": laps, "cpu_seconds": time.process_time()}))
 
 
 def unsloth(bench: Bench) -> None:
-    """Unsloth by its own script, where UNSLOTH names an interpreter that has it, or a folder of its packages."""
+    """Unsloth by its own script, if UNSLOTH names an interpreter that has it, or a folder with its packages."""
     if not (place := os.environ.get("UNSLOTH")):
         bench.say("no Unsloth", why="UNSLOTH names neither an interpreter that has it nor a folder of its packages")
         return
@@ -1104,7 +1104,7 @@ def unsloth(bench: Bench) -> None:
     command += ["--tiny"] if bench.tiny else []
     command += ["--steps", "4", "--ways", *UNSLOTHS_FASTEST] if bench.quick else []
     put_away(bench)
-    # Its own versions of packages, and none of the job's.
+    # Unsloth's own versions of packages, and none of the job's.
     environ = os.environ | {"PYTHONPATH": place} if packages else dict(os.environ)
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     (bench.out / "unsloth.log").write_text(f"{done.stdout}\n{done.stderr}")
@@ -1118,7 +1118,7 @@ def unsloth(bench: Bench) -> None:
 
 
 def table(bench: Bench) -> None:
-    """What a buyer asks, in one table: of what was measured so far in --out."""
+    """The table of the main figures, of what was measured so far in --out."""
     print("\n".join(gpu_table.lines(bench.findings)), flush=True)
 
 
@@ -1130,13 +1130,13 @@ SECTIONS = {
     )
 }
 BUYERS = ("machine", "buyers", "score", "long_row", "plain", "hflm", "restart", "unsloth", "table")
-"""The sections of `make bench-gpu`, whose last prints the table: within five minutes on an H200, by their budgets."""
+"""The sections of `make bench-gpu`, the last of which prints the table: five minutes on an H200, by their budgets."""
 UNSLOTHS_FASTEST = ("packed", "padding-free, one pass, activations kept")
-"""Of its ways, by tests/bench/results/2026-11-24-h100-unsloth.jsonl."""
+"""Unsloth's fastest variants, by tests/bench/results/2026-11-24-h100-unsloth.jsonl."""
 
 
 def main() -> int:
-    """Runs the sections that were named, or all."""
+    """Runs the named sections, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], default=[])
     parser.add_argument("--tiny", action="store_true")

@@ -3,11 +3,11 @@
 `python tests/bench/gpu_evaluation.py --alpaca FILE --arc FILE --train FILE [--tiny] [--short]` prints JSON lines.
 Both sides score the same token ids: ARC-Easy's questions as lm-eval's task asks them, by a tokenizer of 32,000 tokens
 trained on Alpaca's rows (Mistral's own is not at hand), without examples, after the same five (`sampler: first_n`),
-and after five drawn for each question. Ours is timed from the questions to the scores, laid out and read back.
-`lengths` has random tokens in questions as long as in Mistral's own tokenizer, which have nothing in common: what was
-measured before questions shared their beginnings.
+and after five drawn for each question. The job's time is from the questions to the scores, including layout and copies.
+`lengths` has random tokens in questions as long as in Mistral's own tokenizer, without common prefixes: this was
+measured before questions shared prefixes.
 
-Random weights win by next to nothing, so predictions of two passes are compared beside fp32, with the margins.
+With random weights margins are tiny, so predictions of two passes are compared with fp32's, with the margins.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ KINDS = {
     "copies and gathers": ("index", "copy", "cat", "memcpy", "memset", "gather", "fill"),
     "softmax": ("softmax", "argmax", "reduce"),
 }
-"""By name in the profiler, lower case; the first that fits counts."""
+"""Kinds of kernels by their lower-case names in the profiler; the first match counts."""
 
 
 def say(what: str, **facts: Any) -> None:
@@ -72,7 +72,7 @@ def say(what: str, **facts: Any) -> None:
 
 @contextmanager
 def caught(what: str) -> Iterator[None]:
-    """A part that fails does not take the others with it."""
+    """If a part fails, the others still run."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - the next parts are worth having
@@ -80,13 +80,13 @@ def caught(what: str) -> Iterator[None]:
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file, packed or not."""
+    """Rows of a JSON-lines file, compressed or not."""
     data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
     return [json.loads(row) for row in data.splitlines()]
 
 
 def questions(arc: Path, train: Path, tokenizer: Any, limit: int | None) -> dict[str, list[Question]]:
-    """As lm-eval's `arc_easy` asks them; examples are drawn from the training rows."""
+    """The questions as lm-eval's `arc_easy` asks them; few-shot examples are drawn from the training rows."""
     chance, few = random.Random(0), lines(train)
 
     def text(row: dict[str, Any]) -> str:
@@ -132,13 +132,13 @@ def ours(model: Any, asked: Sequence[Question], way: Forward, budget: int = BUDG
 
 
 def best_of(times: int, measured: Callable[[], tuple[Answers, float]]) -> tuple[Answers, float]:
-    """The answers, and the least seconds."""
+    """The answers, and the minimum of the seconds."""
     trials = [measured() for _ in range(times)]
     return trials[0][0], min(seconds for _, seconds in trials)
 
 
 def compared(answers: Answers, exact: Answers) -> dict[str, Any]:
-    """How many predictions differ, by what margin in `exact`, and how far the log-likelihoods are apart."""
+    """How many predictions differ, their margins in `exact`, and the differences of the log-likelihoods."""
     flips = [margin(e) for a, e in zip(answers, exact, strict=True) if a.index(max(a)) != e.index(max(e))]
     apart = [abs(a - b) for x, y in zip(answers, exact, strict=True) for a, b in zip(x, y, strict=True)]
     return {
@@ -151,9 +151,9 @@ def compared(answers: Answers, exact: Answers) -> dict[str, Any]:
 
 
 def rates(shape: dict[str, int], tokens: int = BUDGET) -> float:
-    """TFLOP/s of the products themselves, with the adapter's columns beside a weight and without; returns the best.
+    """TFLOP/s of the products themselves, with and without the adapter's columns next to a weight; returns the best.
 
-    A GPU that has rested is faster for a second, so the products take turns, and the median of each counts.
+    A GPU is faster for a second after it was idle, so the products take turns, and the median of each counts.
     """
     hidden, wide = shape["hidden_size"], shape["intermediate_size"]
     sizes = {
@@ -184,7 +184,7 @@ def rates(shape: dict[str, int], tokens: int = BUDGET) -> float:
 
 
 def breakdown(model: Any, asked: Sequence[Question], way: Forward, name: str) -> None:
-    """Milliseconds of a sequence by kind of kernel, and what the GPU waited, over the first three sequences."""
+    """Milliseconds of a sequence by kind of kernel, and the GPU's idle time, over the first three sequences."""
     from torch.profiler import ProfilerActivity, profile
 
     ordered = sorted(asked, key=lambda question: question.context)
@@ -207,7 +207,7 @@ def breakdown(model: Any, asked: Sequence[Question], way: Forward, name: str) ->
         count += event.count
         kernels[event.key[:70]] = round(spent, 3), event.count // len(parts)
     spans = [e.time_range for e in seen.events() if str(e.device_type).endswith("CUDA")]
-    between = None  # what the GPU waits from its first kernel to its last, in a run that is profiled
+    between = None  # idle time of the GPU between its first and its last kernel, in a profiled run
     if spans:
         whole = max(one.end for one in spans) - min(one.start for one in spans)
         between = (whole / 1000 - sum(kinds.values()) * len(parts)) / len(parts)
@@ -228,7 +228,7 @@ def breakdown(model: Any, asked: Sequence[Question], way: Forward, name: str) ->
 
 
 def attention(asked: Sequence[Question]) -> None:
-    """The kernel for trees beside torch's in fp32, and microseconds a layer by its sizes and by torch's flash one."""
+    """Compares the kernel for trees with torch's in fp32; microseconds a layer by block sizes, and of torch's flash."""
     from job.evaluation.scoring import _pack
     from job.model.fused import triton_scoring
     from job.model.packed_layout import build_layout
@@ -294,7 +294,7 @@ def speed_of(  # noqa: PLR0917 - the first three are bound by who calls it
 
 
 def shortly(model: Any, asked: list[Question], shape: dict[str, int], flops: float) -> Answers:
-    """Speeds without examples alone, with gate and up as two products and as one; the answers of the base."""
+    """Speeds without examples only, with gate and up as two products and as one; the answers of the base."""
     kernels, name = fast_kernels(DEVICE, "float16")
     say("kernels", name=name)
     rate = rates(shape, 8162 if ON_GPU else BUDGET // 64)
@@ -325,7 +325,7 @@ def shortly(model: Any, asked: list[Question], shape: dict[str, int], flops: flo
 
 
 def scoring(model: Any, asked: dict[str, list[Question]], *, tiny: bool) -> dict[str, Answers]:
-    """Speeds of ours; returns the answers without an adapter, as HFLM has none."""
+    """The job's speeds; returns the answers without an adapter, since HFLM has none."""
     kernels, name = fast_kernels(DEVICE, "float16")
     say("kernels", name=name)
     flops = 2 * (sum(p.numel() for p in model.parameters()) if tiny else 6_979_321_856)  # the layers' weights
@@ -377,11 +377,11 @@ HFLM_SIZES = (
     ("5 examples, the same", 60, (16, 64, 256)),
     ("5 examples, drawn", 60, (16, 64, 256)),
 )
-"""Which questions, how many, at which batch sizes; the first that is slower, or out of memory, is the last tried."""
+"""Which questions, how many, in which batch sizes; the first size that is slower or runs out of memory is the last."""
 
 
 def warmup(size: int | str) -> int:
-    """How many requests HFLM answers before it is timed: a whole batch, so that its memory is there."""
+    """How many requests HFLM answers before it is timed: a whole batch, so that its memory is allocated."""
     return max(64, size) if isinstance(size, int) else 64
 
 
@@ -394,7 +394,7 @@ def by_hflm(
     tiny: bool,
     adapter: bool = False,
 ) -> None:
-    """HFLM on the first questions of each kind, at the best of its batch sizes."""
+    """HFLM on the first questions of each kind, with the best of its batch sizes."""
     from lm_eval.models.huggingface import HFLM
 
     for kind, count, sizes in kinds:
@@ -477,10 +477,10 @@ def main() -> None:
 
 
 def with_adapter(base: Any) -> Any:
-    """With an adapter of PEFT's on all projections."""
+    """Adds an adapter of PEFT's to all projections."""
     model = add_adapter(base, rank=16, alpha=16, dropout=0.0, target_modules=shapes.MODULES, seed=0)
     for parameter in (one for one in model.parameters() if one.requires_grad):
-        parameter.data.normal_(0, 0.01)  # a fresh adapter is zero on one side
+        parameter.data.normal_(0, 0.01)  # B of a new adapter is zero
     return model.eval()
 
 

@@ -3,8 +3,8 @@
 A process for each GPU, with a random model of Mistral-7B's shape and Alpaca's lengths. Each first trains and scores
 alone, all at the same time, and then all together. Efficiency is the speed together over the sum of the speeds alone;
 steps in which a CUDA graph is recorded are left out. Prints JSON lines. On two H200s `--batches 32` took 122 s and
-`--batches 128 --steps 16` 59 s, of which imports and the model take 20 to 40. `--processes N` takes another number than
-that of the GPUs, which tries the script on a CPU.
+`--batches 128 --steps 16` 59 s, of which imports and the model take 20 to 40. `--processes N` sets the number of
+processes, to try the script on a CPU.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def say(what: str, **figures: Any) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A free port."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port: int = probe.getsockname()[1]
@@ -55,7 +55,7 @@ def start(args: argparse.Namespace) -> int:
 
 
 def measure(args: argparse.Namespace, began: float) -> None:
-    """One process's part."""
+    """The work of one process."""
     import gpu  # lies beside this script
     import torch
 
@@ -87,11 +87,11 @@ def measure(args: argparse.Namespace, began: float) -> None:
                 gpu.fit(bench, model, variant, total_steps=args.steps, batch=batch, processes=those)
                 for those in (ALONE, processes)
             ]
-            # What the GPU loses by a share of the rows alone, whatever the others do.
+            # What the GPU loses by having only its share of the rows, independently of the others.
             share = gpu.fit(bench, model, variant, total_steps=args.steps, batch=batch // count)
             shares = processes.gather("speeds with a share", share["steady_tokens_per_second"])
             alone, together = (one["steady_tokens_per_second"] for one in measurements)
-            speeds = processes.gather("speeds alone", alone)  # no two GPUs are equally fast
+            speeds = processes.gather("speeds alone", alone)  # GPUs differ in speed
             losses = [one["losses"] for one in measurements]
             tell(
                 "training",
@@ -113,7 +113,7 @@ def measure(args: argparse.Namespace, began: float) -> None:
 
 
 def timed(call: Any, sync: Any) -> float:
-    """Milliseconds of a call, the median of nine after a first one."""
+    """Milliseconds of a call: the median of nine after a warm-up call."""
     times = []
     for _ in range(10):
         sync()
@@ -125,7 +125,7 @@ def timed(call: Any, sync: Any) -> float:
 
 
 def evaluation(bench: Any, model: Any, args: argparse.Namespace, tell: Any, processes: Any) -> None:
-    """All questions by each process alone, then by all together as a run divides them."""
+    """All questions by each process alone, then by all processes together, divided as in a run."""
     import gpu
 
     from job.evaluation.parallel_scoring import ParallelScoring

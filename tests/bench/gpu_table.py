@@ -1,4 +1,4 @@
-"""The table for a buyer, from the findings of `gpu.py` and of its peers: one column for each side."""
+"""The table of the main figures, from the findings of `gpu.py`: one column for each library."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from job.planning.gpu_prices import GPUS, Gpu
 Finding = Mapping[str, Any]
 MISSING = "-"
 NEMO, NEMO_TRANSFORMERS = "nemo_automodel 0.7.0", "5.18.0"
-"""Its newest release when this was written, and what its metadata requires."""
+"""NeMo AutoModel's newest release when this was written, and the transformers version that its metadata requires."""
 
 
 def lines(findings: Sequence[Finding]) -> list[str]:
@@ -92,7 +92,7 @@ def nemo(transformers: str | None) -> str:
     """Why NeMo AutoModel has no column.
 
     Args:
-        transformers: The version that is installed; None if it is not known.
+        transformers: The installed version; None if unknown.
     """
     here = f"and this machine has {transformers or 'another'}"
     if transformers == NEMO_TRANSFORMERS:
@@ -101,7 +101,7 @@ def nemo(transformers: str | None) -> str:
 
 
 def gpu_of(name: str) -> Gpu | None:
-    """The entry of `GPUS` for a device's name as the driver says it; None if there is none."""
+    """The entry of `GPUS` for a device's name as reported by the driver; None if there is none."""
     words = name.upper().replace("-", " ").split()
     matching = [
         gpu for gpu in GPUS if gpu.name.split()[0] in words and all(w in words for w in gpu.name.upper().split())
@@ -110,7 +110,7 @@ def gpu_of(name: str) -> Gpu | None:
 
 
 def _of_text(findings: Sequence[Finding], what: str) -> Sequence[Finding]:
-    """Those of real questions where there are any: random tokens of their lengths have no beginnings in common."""
+    """The findings for real questions, if there are any: random tokens of their lengths have no common prefixes."""
     return [one for one in findings if one["what"] == what and one.get("text")] or findings
 
 

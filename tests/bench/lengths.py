@@ -1,7 +1,7 @@
-"""Writes `lengths.json`: how many tokens real rows take in Mistral's own tokenizer, for a machine that has neither.
+"""Writes `lengths.json`, the token counts of real rows in Mistral's own tokenizer, for a machine that has neither.
 
 `python tests/bench/lengths.py TOKENIZER_MODEL ALPACA ARC_EASY`: the sentencepiece model of the PyPI package
-mistral-common (`data/tokenizer.model.v1`), and the two files of data. Numbers only; no text leaves the files.
+mistral-common (`data/tokenizer.model.v1`), and the two files of data. Only numbers are written, no text.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""Long rows on one GPU: `python tests/bench/long_rows.py [--tiny] [--layers N] [SECTION ...]`, a JSON line a finding.
+"""Long rows on one GPU: `python tests/bench/long_rows.py [--tiny] [--layers N] [SECTION ...]` prints JSON lines.
 
-A random model of Mistral-7B's shape in NF4, without a sliding window; all but the first token are learned. Sections:
+A random model of Mistral-7B's shape in NF4, without a sliding window; all tokens but the first are targets. Sections:
 
 - attention: kernels forward and backward, and whether they repeat bit by bit;
-- exact: one gradient computed in several ways: what differs, and what is the same to the bit;
-- row64k: a row of 64,000 tokens as before (padded, in a CUDA graph, through autograd as a whole) and as now;
+- exact: one gradient computed in several ways: which results differ, and which have the same bits;
+- row64k: a row of 64,000 tokens by the first version (padded, in a CUDA graph, autograd over the whole) and by this;
 - cap24: a row of 78,500 tokens in 24 GB, by a limit on the allocator;
 - cap80: a row of 343,000 tokens in 80 GB.
 
-`--layers N` computes N of the 32 layers in row64k, cap24 and cap80, with the weights of all in memory: what waits in
-host memory apart, the peak on the GPU is that of the whole. Without it they compute all layers in the way that is meant
-for them, and the ways that are compared with a few. `seconds_of_all_layers` is in proportion, the loss included.
---tiny rehearses all of it on a CPU.
+`--layers N` computes N of the 32 layers in row64k, cap24 and cap80, with the weights of all in memory: except for what
+is in host memory, the peak on the GPU is that of the whole model. Without it the chosen variant computes all layers,
+and the variants compared with it a few. `seconds_of_all_layers` is in proportion, the loss included. --tiny tries the
+script itself on a CPU.
 """
 
 from __future__ import annotations
@@ -83,12 +83,12 @@ BEFORE = replace(NOW, tile_tokens=None, recorded=ON_GPU)
 FLEX_BELOW = 20_000
 """Flex attention is compiled anew for each length, which takes most of a minute."""
 SOME_LAYERS = 4
-"""Layers in which the ways are compared: with all 32 a row of 64,000 tokens took three quarters of a minute before."""
+"""Layers for comparing variants: with all 32 a row of 64,000 tokens took three quarters of a minute at first."""
 
 
 @dataclass
 class Bench:
-    """What the sections share."""
+    """Shared by the sections."""
 
     tiny: bool
     layers: int | None
@@ -102,12 +102,12 @@ class Bench:
         return shapes.TINY if self.tiny else shapes.MISTRAL_7B
 
     def size(self, tokens: int) -> int:
-        """Tokens of a row, or far fewer in a rehearsal, but still a long row."""
+        """Tokens of a row; with --tiny far fewer, but still a long row."""
         return packing_long() + tokens // 1000 if self.tiny else tokens
 
 
 def packing_long() -> int:
-    """Above so many tokens a row is a long one."""
+    """The number of tokens above which a row is long."""
     from job.training import long_rows
 
     return long_rows.LONG_ROW
@@ -115,7 +115,7 @@ def packing_long() -> int:
 
 @contextmanager
 def few_tokens_are_long(tiny: bool) -> Iterator[None]:  # noqa: FBT001 - a rehearsal or not
-    """Within it a row of some hundred tokens is a long one, for a rehearsal on a CPU; else nothing changes."""
+    """With --tiny, rows of some hundred tokens are long within the context; otherwise nothing changes."""
     from job.training import long_rows, memory_model, micro_batch, step
 
     before = memory_model.LONG_ROW
@@ -139,7 +139,7 @@ def say(what: str, **figures: Any) -> None:
 
 @contextmanager
 def caught(what: str) -> Iterator[None]:
-    """A finding that fails is a finding too; the next one has its turn."""
+    """Records an error as a finding, and continues with the next one."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - whatever a kernel raises
@@ -149,7 +149,7 @@ def caught(what: str) -> Iterator[None]:
 
 
 def clean() -> None:
-    """Gives memory back, and forgets the peak."""
+    """Frees memory, and resets the peak."""
     gc.collect()
     if ON_GPU:
         torch.cuda.synchronize()
@@ -164,19 +164,19 @@ def sync() -> None:
 
 
 def peak() -> float | None:
-    """GiB that torch had allocated at most since the last `clean`."""
+    """Peak of the GiB that torch had allocated since the last `clean`."""
     return torch.cuda.max_memory_allocated() / GIB if ON_GPU else None
 
 
 def reserved() -> float | None:
-    """The same of what it had reserved: what a limit on the allocator counts."""
+    """The same for reserved memory, which a limit on the allocator counts."""
     return torch.cuda.max_memory_reserved() / GIB if ON_GPU else None
 
 
 # Attention.
 
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(tokens, heads, head size) each -> the same, with history."""
+"""(tokens, heads, head size) each -> the same, for autograd."""
 
 
 def attention(bench: Bench) -> None:
@@ -222,7 +222,7 @@ def attention(bench: Bench) -> None:
 def measured(
     forward: Forward, inputs: Sequence[torch.Tensor], gradient: torch.Tensor
 ) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    """Output and gradients; milliseconds of both passes, the best of three; whether they are the same every time."""
+    """Output and gradients; milliseconds of both passes, the best of three; whether bits are the same every time."""
     times, first, repeats = [], [], True
     for turn in range(4):  # the first one compiles and allocates
         leaves = [x.detach().requires_grad_() for x in inputs]
@@ -245,12 +245,12 @@ def measured(
 
 
 def same(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
-    """Whether all bits are."""
+    """Whether all bits are equal."""
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def kernels(tokens: int, *, tiny: bool) -> Iterator[tuple[str, bool, Callable[[], Forward]]]:
-    """(name, torch's deterministic mode, what makes it)."""
+    """(name, torch's deterministic mode, the function)."""
     layout = build_layout([Segment(0, tokens)], DEVICE)
     if not ON_GPU:
         yield "CPU", True, lambda: by_kernel(CpuKernel(layout, None, None))
@@ -274,14 +274,14 @@ def kernels(tokens: int, *, tiny: bool) -> Iterator[tuple[str, bool, Callable[[]
 
 
 def by_kernel(kernel: Any) -> Forward:
-    """Ours."""
+    """The job's kernel."""
     from job.model.fused.long_attention import _Attention
 
     return lambda q, k, v: _Attention.apply(q, k, v, kernel, None)[0]
 
 
 def by_varlen(layout: Layout, segments: int) -> Forward:
-    """Torch's, with empty segments behind the one."""
+    """Torch's variable-length kernel, with empty segments after the first."""
     from torch.nn.attention.varlen import varlen_attn
 
     ends = torch.cat([layout.queries, layout.queries[-1:].expand(segments - 1)])
@@ -290,7 +290,7 @@ def by_varlen(layout: Layout, segments: int) -> Forward:
 
 
 def by_cudnn() -> Forward:
-    """That of cuDNN by way of sdpa, which refuses it in deterministic mode."""
+    """CuDNN's by sdpa, which refuses it in deterministic mode."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
@@ -303,7 +303,7 @@ def by_cudnn() -> Forward:
 
 
 def by_cudnn_alone() -> Forward:
-    """The same without what sdpa asks before it."""
+    """The same without the checks of sdpa."""
 
     def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         how = {"attn_bias": None, "compute_log_sumexp": True, "is_causal": True}
@@ -314,13 +314,13 @@ def by_cudnn_alone() -> Forward:
 
 
 def expanded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
-    """(1, heads, tokens, head size) each, keys and values as often as queries."""
+    """(1, heads, tokens, head size) each, with keys and values repeated for each query head."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     return [x.transpose(0, 1)[None] for x in (q, k, v)]
 
 
 def by_flash_3() -> Forward:
-    """The package of flash-attention 3, where it is installed."""
+    """The package flash-attention 3, if it is installed."""
     from flash_attn_interface import flash_attn_func
 
     def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -331,7 +331,7 @@ def by_flash_3() -> Forward:
 
 
 def by_flex(tokens: int) -> Forward:
-    """Torch's compiled attention."""
+    """Torch's compiled flex attention."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     mask = create_block_mask(lambda _b, _h, q, k: q >= k, None, None, tokens, tokens, device=DEVICE)
@@ -348,13 +348,13 @@ def by_flex(tokens: int) -> Forward:
 
 
 def build(bench: Bench) -> None:
-    """The model, once."""
+    """Builds the model once."""
     if bench.model is not None:
         return
     began = time.perf_counter()
     base = shapes.random_base(bench.shape, DEVICE, packed_attention.NAME)
     model = add_adapter(base, rank=16, alpha=16, dropout=0.0, target_modules=shapes.MODULES, seed=0)
-    with torch.no_grad():  # a fresh adapter is zero on one side, which hides errors
+    with torch.no_grad():  # B of a new adapter is zero, which hides errors
         for parameter in trainable(model).values():
             parameter.normal_(std=0.01)
     kernels, name = fast_kernels(DEVICE, "bfloat16")
@@ -381,7 +381,7 @@ def example(bench: Bench, tokens: int) -> Example:
 def step_of(
     bench: Bench, tokens: int, plan: ExecutionPlan, layers: int | None
 ) -> tuple[StepGradient, FlatParameters, int]:
-    """One step on one row, with so many layers; all layers' weights stay in memory."""
+    """One step on one row, with this number of layers; the weights of all layers stay in memory."""
     base, count = bench.model.get_base_model(), layers or len(bench.all_layers)
     count = min(count, len(bench.all_layers))
     base.model.layers = torch.nn.ModuleList(bench.all_layers[:count])
@@ -416,7 +416,7 @@ def step_of(
 
 @contextmanager
 def pinning() -> Iterator[list[float]]:
-    """Collects the seconds that pinning host memory takes, once for each layer in the first step."""
+    """Collects the seconds of pinning host memory, which happens once for each layer in the first step."""
     seconds: list[float] = []
     pinned = activation_store.pinned
 
@@ -443,10 +443,10 @@ def run(
     twice: bool = False,
     **more: Any,
 ) -> torch.Tensor:
-    """One optimizer step of one row, timed; with `twice` a second one, whose launches and buffers are there already."""
+    """One optimizer step of one row, timed; with `twice` a second one, whose buffers already exist."""
     clean()
     step, parameters, count = step_of(bench, tokens, plan, layers)
-    # A rate of 0: its moments are there, and the next run finds the same adapter.
+    # A learning rate of 0: moments exist, and the next run starts from the same adapter.
     optimizer = torch.optim.AdamW([parameters.whole], lr=0.0, weight_decay=0.0)
     gradient = torch.empty(0)
     try:
@@ -489,7 +489,7 @@ def run(
 
 
 def exact(bench: Bench) -> None:
-    """A row of 20,000 tokens through 2 layers: the gradient as before, and in each of the new ways, twice."""
+    """A row of 20,000 tokens through 2 layers: the gradient as in the first version, and by each variant, twice."""
     build(bench)
     tokens = bench.size(20_000)
     before = run(bench, "exact: as before", tokens, replace(BEFORE, recorded=False), layers=2)
@@ -507,7 +507,7 @@ def exact(bench: Bench) -> None:
 
 
 def row64k(bench: Bench) -> None:
-    """64,000 tokens: as before and as now."""
+    """64,000 tokens: as in the first version, and now."""
     build(bench)
     tokens, some = bench.size(64_000), bench.layers or SOME_LAYERS
     with_attention = replace(NOW, kept_attention=True)
@@ -525,7 +525,7 @@ def row64k(bench: Bench) -> None:
 
 
 def capped(bench: Bench, what: str, tokens: int, gigabytes: float, plan: ExecutionPlan) -> None:
-    """A row on a card of so many GB, played by a limit on the allocator; the context of CUDA comes on top."""
+    """A row on a GPU of so many GB, simulated by a limit on the allocator, without the CUDA context."""
     build(bench)
     clean()
     tokens = bench.size(tokens)
@@ -565,7 +565,7 @@ SECTIONS = {f.__name__: f for f in (attention, exact, row64k, cap24, cap80)}
 
 
 def main() -> int:
-    """Runs the sections that were named, or all but cap80."""
+    """Runs the named sections, or all but cap80."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], default=[])
     parser.add_argument("--tiny", action="store_true")
@@ -590,13 +590,13 @@ def main() -> int:
 
 
 def run_sections(bench: Bench, args: argparse.Namespace, began: float) -> None:
-    """Those that were named, or all but cap80; `began` is the monotonic time from which `--seconds` counts."""
+    """Runs the named sections, or all but cap80; `began` is the monotonic time from which `--seconds` counts."""
     for name in args.sections or [name for name in SECTIONS if name != "cap80"]:
         if time.monotonic() - began > args.seconds:
             say("skipped", section=name)
             continue
         start = time.monotonic()
-        # What an error of the section before has kept is free by now. Its model too: this one begins in a clean memory.
+        # Memory that an error of the previous section kept is free by now, its model too.
         bench.model, bench.all_layers = None, []
         clean()
         with caught(name):

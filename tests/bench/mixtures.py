@@ -1,14 +1,14 @@
 """A mixture's experts, computed in several ways: `python tests/bench/mixtures.py [--train] [--tiny]`.
 
 A few layers of Qwen3-30B-A3B's and of Mixtral-8x7B's width with random weights, attention in NF4 with an adapter, one
-packed sequence of Alpaca's lengths forward and backward through the decoder. A line of JSON for each way: tokens a
-second, GiB of the weights and at the peak, whether gradients are equal when it is repeated, and how far they are from
-those of transformers' plain loop, also with its routing. At the end, whether experts can be recorded as a CUDA graph.
-About 60 s on an H200.
+packed sequence of Alpaca's lengths forward and backward through the decoder. A line of JSON for each variant: tokens a
+second, GiB of the weights and at the peak, whether gradients are equal when repeated, and how far they are from those
+of transformers' plain loop, also with its routing. At the end, whether experts can be recorded as a CUDA graph. About
+60 s on an H200.
 
 With --train whole runs of `train` instead, as the job plans them: twice, resumed, and without CUDA graphs; whether
-their bits are equal, and target tokens a second. At the end, of the fused layers, how far gradients are with and
-without the routing of PEFT's. About 30 s. --tiny rehearses it on a CPU.
+their bits are equal, and target tokens a second. At the end, how far the fused layers' gradients are from PEFT's, with
+and without PEFT's routing. About 30 s. --tiny tries the script itself on a CPU.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 TOKENS = 16384
 LIMIT = 55.0
-"""Seconds after which no further way is begun; with --train half as many."""
+"""Seconds after which no further variant is started; with --train half as many."""
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {  # Qwen3-30B-A3B
         "hidden_size": 2048,
@@ -98,7 +98,7 @@ def say(what: str, **figures: Any) -> None:
 
 
 def kernels() -> Any:
-    """Those that a run has here."""
+    """The kernels that a run uses here."""
     if not ON_GPU:
         return TORCH
     from job.model.fused.kernels import triton
@@ -107,18 +107,18 @@ def kernels() -> Any:
 
 
 def wait() -> None:
-    """Until the GPU is done."""
+    """Waits for the GPU."""
     if ON_GPU:
         torch.cuda.synchronize()
 
 
 def held() -> float:
-    """GiB that are allocated."""
+    """Allocated GiB."""
     return torch.cuda.memory_allocated() / 2**30 if ON_GPU else 0.0
 
 
 class Packed:
-    """One packed sequence, and the gradient of what the decoder gives for it."""
+    """One packed sequence, and the gradient of the decoder's output."""
 
     def __init__(self, tokens: int, hidden: int) -> None:
         segments, at = [], 0
@@ -146,7 +146,7 @@ def base_of(family: str, *, tiny: bool, vocabulary: int = 512) -> Any:
 
 
 def adapted(base: Any, *, of_experts: bool) -> Any:
-    """With a filled adapter."""
+    """The model with a filled adapter."""
     how: dict[str, Any] = {"rank": 16, "alpha": 16, "dropout": 0.0, "target_modules": "attention", "seed": 1}
     model = add_adapter(base, **how, options=AdapterOptions(experts=of_experts))
     draw = torch.Generator().manual_seed(2)
@@ -158,7 +158,7 @@ def adapted(base: Any, *, of_experts: bool) -> Any:
 
 
 def quantize(base: Any) -> None:
-    """The experts, as loading does."""
+    """Quantizes the experts as loading does."""
     with experts.quantizing(experts.kinds_of(base), double=True):
         for _, module, name in list(experts.expert_tensors(base)):
             setattr(module, name, module.get_parameter(name))
@@ -166,7 +166,7 @@ def quantize(base: Any) -> None:
 
 
 def gradients(model: Any, sequence: Packed, *, autocast: bool) -> list[torch.Tensor]:
-    """Of the adapter, from one pass."""
+    """The adapter's gradients of one pass."""
     model.zero_grad(set_to_none=True)
     with torch.autocast(DEVICE.type, DTYPE, enabled=autocast and ON_GPU):
         decoder = model.get_base_model().model
@@ -178,12 +178,12 @@ def gradients(model: Any, sequence: Packed, *, autocast: bool) -> list[torch.Ten
 
 
 def digest(tensors: list[torch.Tensor]) -> str:
-    """Of their bits."""
+    """A hash of their bits."""
     return hashlib.sha256(b"".join(t.float().cpu().numpy().tobytes() for t in tensors)).hexdigest()
 
 
 def apart(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """Of the size of the expected gradient."""
+    """The difference as a share of the expected gradient's norm."""
     error = sum(
         float((one.float() - other.float()).square().sum()) for one, other in zip(actual, expected, strict=True)
     )
@@ -191,14 +191,14 @@ def apart(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
 
 
 class Comparison:
-    """The ways of one family."""
+    """The variants of one family."""
 
     def __init__(self, family: str, sequence: Packed, rounds: int) -> None:
         self.family, self.sequence, self.rounds = family, sequence, rounds
         self.expected: list[torch.Tensor] | None = None
 
     def way(self, name: str, model: Any, *, autocast: bool = True, same_adapter: bool = True) -> None:
-        """Measures a model as it is now; what fails is said."""
+        """Measures a model in its current state; errors are recorded."""
         if time.monotonic() - BEGAN > LIMIT:
             say(name, family=self.family, left_out="time")
             return
@@ -234,7 +234,7 @@ class Comparison:
 
 
 def compare(family: str, *, tiny: bool) -> None:
-    """All ways of a family, each model changed from one to the next."""
+    """All variants of a family, each by changing the model of the one before."""
     base = base_of(family, tiny=tiny)
     sequence = Packed(400 if tiny else TOKENS, base.config.hidden_size)
     kind = Comparison(family, sequence, 1 if tiny else 4)
@@ -248,7 +248,7 @@ def compare(family: str, *, tiny: bool) -> None:
     kind.way("the same loop, without torch.use_deterministic_algorithms", model)
     torch.use_deterministic_algorithms(mode=True)
     base.set_experts_implementation("grouped_mm")
-    kind.expected = None  # quantized, they are others
+    kind.expected = None  # quantization changes them
     quantize(base)
     kind.way("NF4 by bitsandbytes' parametrization, transformers' grouped_mm, PEFT's layers", model)
     use_frozen(base, DTYPE)
@@ -270,7 +270,7 @@ def compare(family: str, *, tiny: bool) -> None:
 
 
 def record(model: Any, family: str, sequence: Packed) -> None:
-    """Whether a layer's experts can be recorded forward and backward, and give the same bits then."""
+    """Whether a layer's experts can be recorded forward and backward, with the same bits."""
     fused = next(fused_experts(model))
     hidden = sequence.gradient.shape[-1]
     draw = torch.Generator().manual_seed(4)
@@ -309,7 +309,7 @@ BATCH = 64
 
 
 def plan_of(model: Any, lengths: list[int], batch: int) -> ExecutionPlan:
-    """As the job chooses it; in a rehearsal on a CPU, which would take PEFT's layers, the fused ones all the same."""
+    """The plan that the job chooses; with --tiny on a CPU, the fused layers instead of PEFT's."""
     if ON_GPU:
         how: dict[str, Any] = {"quantization": "nf4", "optimizer": "adamw_8bit", "budget": TOKENS, "gigabytes": None}
         return prepare(model, lengths, global_batch_size=batch, keep_base="auto", recompute="auto", **how)
@@ -318,7 +318,7 @@ def plan_of(model: Any, lengths: list[int], batch: int) -> ExecutionPlan:
 
 
 def trained(family: str, *, tiny: bool, of_experts: bool) -> None:
-    """Whole runs over one model, whose adapter begins anew each time."""
+    """Whole runs with one model, each with a new adapter."""
     vocabulary, batch = (512, 2) if tiny else (32000, BATCH)
     base = base_of(family, tiny=tiny, vocabulary=vocabulary)
     quantize(base)
@@ -386,7 +386,7 @@ def trained(family: str, *, tiny: bool, of_experts: bool) -> None:
 
 @contextmanager
 def routing(model: Any, forced: Sequence[torch.Tensor] | None = None) -> Iterator[list[torch.Tensor]]:
-    """Collects the experts that each router chooses, or has it choose these."""
+    """Collects the experts that each router chooses, or makes it choose the given ones."""
     routed: list[torch.Tensor] = []
 
     def chosen(_module: Any, _inputs: Any, output: Any) -> Any:
@@ -407,7 +407,7 @@ def routing(model: Any, forced: Sequence[torch.Tensor] | None = None) -> Iterato
 
 
 def compare_routing(family: str, *, tiny: bool) -> None:
-    """How far the fused layers' gradients are from PEFT's, where routers choose for themselves and as with PEFT's."""
+    """How far the fused layers' gradients are from PEFT's, with the routers' own choices and with those under PEFT."""
     base = base_of(family, tiny=tiny)
     sequence = Packed(400 if tiny else TOKENS, base.config.hidden_size)
     base.set_experts_implementation("eager")

@@ -1,17 +1,17 @@
-"""A base that is larger than the GPU, on the GPU: `python tests/bench/placement.py [--tiny] [SECTION ...]`.
+"""Training with a base larger than the GPU's memory: `python tests/bench/placement.py [--tiny] [SECTION ...]`.
 
 Llama-70B's shape with random NF4 bytes, Alpaca's real lengths, a few steps by the job's own trainer with the plan that
-it chooses. A cap on torch's allocator plays a smaller card.
+it chooses. A limit on torch's allocator simulates a smaller GPU.
 
-    load       a base of files: bits of its weights, and the most memory, by place
+    load       a base from files: bits of its weights, and peak memory, by placement
     exact      a small model: losses and adapter with its weights on the GPU, in main memory and, on two GPUs or more,
-               sharded; killed and resumed in each place
+               sharded; killed and resumed in each placement
     host       weights in main memory, 24 GB of the GPU
     gpu        weights on the GPU, 80 GB of it
     sharded    weights sharded over two GPUs, 30 GB of each
 
-Each section runs in processes of its own, which this script starts; every finding is a line of JSON. Without sections:
-those that the GPUs here allow. --tiny rehearses all of it on a CPU.
+Each section runs in separate processes that this script starts; every finding is a line of JSON. Without sections:
+those that the GPUs here allow. --tiny tries the script itself on a CPU.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from typing import Any
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink's multicast, which GPUs that are lent singly do not have
+os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink's multicast, which GPUs that are assigned singly do not have
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from job.training.gpu_memory import limit_memory
@@ -66,7 +66,7 @@ class Way:
     resumed: bool = False
     large: bool = False
     loaded: bool = False
-    """Only loaded, from files."""
+    """The base is only loaded, from files."""
 
 
 SECTIONS: dict[str, tuple[int, list[list[Way]]]] = {
@@ -89,7 +89,7 @@ SECTIONS: dict[str, tuple[int, list[list[Way]]]] = {
     "gpu": (1, [[Way("70B, gpu, 80 GB", "gpu", 80, large=True)]]),
     "sharded": (2, [[Way("70B, sharded, 2 x 30 GB", "sharded", 30, budget=2048, large=True)]]),
 }
-"""Number of processes, and the groups of processes that are started one after the other, each for some ways."""
+"""Number of processes, and the groups that are started one after the other, each for some trainings."""
 
 
 def say(what: str, **figures: Any) -> None:
@@ -102,7 +102,7 @@ def say(what: str, **figures: Any) -> None:
 
 
 def random_base(shape: dict[str, int], place: str, device: Any, processes: Any) -> Any:
-    """A random Llama in bf16 with layers of random NF4 bytes, made layer by layer in their place."""
+    """A random Llama in bf16 with layers of random NF4 bytes, made layer by layer in their placement."""
     import torch
     from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn import Linear4bit, Params4bit
@@ -117,7 +117,7 @@ def random_base(shape: dict[str, int], place: str, device: Any, processes: Any) 
     templates: dict[tuple[int, int], Any] = {}
 
     def weight(outputs: int, inputs: int) -> Any:
-        """The constants of a real quantization, and packed values at random."""
+        """A weight with the constants of a real quantization, and random packed values."""
         if (outputs, inputs) not in templates:
             real = 0.02 * torch.randn(outputs, inputs, generator=random, device=device, dtype=torch.bfloat16)
             templates[outputs, inputs] = quantize_4bit(real, compress_statistics=True, quant_type="nf4")[1]
@@ -173,7 +173,7 @@ def random_base(shape: dict[str, int], place: str, device: Any, processes: Any) 
 
 
 def work(args: argparse.Namespace, ways: list[Way]) -> None:
-    """One of a section's processes."""
+    """The work of one of a section's processes."""
     import torch
 
     from job.distributed.ranks import Place
@@ -193,7 +193,7 @@ def work(args: argparse.Namespace, ways: list[Way]) -> None:
 
 
 def load_one(args: argparse.Namespace, way: Way, processes: Any) -> None:
-    """Loads a base from its files, and says what it took of the GPU at most, and which weights there are."""
+    """Loads a base from its files, and prints the peak memory of the GPU, and a hash of the weights."""
     import hashlib
 
     import torch
@@ -227,7 +227,7 @@ def load_one(args: argparse.Namespace, way: Way, processes: Any) -> None:
 
 
 def train_one(args: argparse.Namespace, way: Way, processes: Any) -> None:
-    """Builds, chooses the plan, trains, and says what it took."""
+    """Builds the model, chooses the plan, trains, and prints speed and memory."""
     import shapes
     import torch
 
@@ -255,7 +255,7 @@ def train_one(args: argparse.Namespace, way: Way, processes: Any) -> None:
         torch.cuda.synchronize()
     built = time.perf_counter() - began
     held = torch.cuda.memory_allocated() / 2**30 if on_gpu else None
-    # The small model's rows are few a step, so that both processes have different numbers of micro-batches.
+    # The small model has few rows a step, so that the processes have different numbers of micro-batches.
     rows, budget = (32, way.budget) if way.large and not args.tiny else (7, 256)
     examples = shapes.examples(shape["vocab_size"], 60 if args.tiny else 400)
     lengths = [len(example.input_ids) for example in examples]
@@ -263,7 +263,7 @@ def train_one(args: argparse.Namespace, way: Way, processes: Any) -> None:
     how: dict[str, Any] = {"global_batch_size": rows, "budget": budget, "gigabytes": way.gigabytes}
     placement = None
     if on_gpu and way.large and setup is not None:
-        # What the job would have chosen with all of the GPU free; the base is there by now.
+        # What the job would have chosen with the whole GPU free; the base is already loaded.
         limit = min(free, int((way.gigabytes or 1e9) * 1e9))
         placement = chosen_place(setup, budget, limit, processes.place.world_size)
     plan = prepare(
@@ -337,7 +337,7 @@ def train_one(args: argparse.Namespace, way: Way, processes: Any) -> None:
 
 
 def chosen_place(setup: Any, tokens: int, limit: int, processes: int) -> str:
-    """Where the job would put the base, on so many bytes of GPU."""
+    """The placement that the job would choose, with so many bytes of GPU memory."""
     from dataclasses import replace
 
     from job.common.gpu_context import CONTEXT_BYTES
@@ -366,7 +366,7 @@ def bits(parameters: Any) -> str:
 
 
 def run_group(args: argparse.Namespace, section: str, number: int, world: int, folder: Path) -> list[dict[str, Any]]:
-    """Starts a group of processes and prints what they find; returns it."""
+    """Starts a group of processes; prints and returns their findings."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -396,7 +396,7 @@ def run_group(args: argparse.Namespace, section: str, number: int, world: int, f
 
 
 def compare(lines: list[dict[str, Any]]) -> None:
-    """Whether places, and a run that was killed and resumed, gave the same bits; else how close their losses are."""
+    """Whether placements, and a killed and resumed run, gave the same bits; else how close their losses are."""
     trained = {line["way"]: line for line in lines if line["what"] == "trained"}
     for name, line in trained.items():
         first = trained.get("gpu, 2" if line["processes"] > 1 else "gpu")
@@ -414,7 +414,7 @@ def compare(lines: list[dict[str, Any]]) -> None:
 
 
 def main() -> int:
-    """Starts sections, or is one of their processes."""
+    """Starts sections, or runs as one of their processes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("sections", nargs="*")
     parser.add_argument("--tiny", action="store_true", help="rehearse on a CPU")

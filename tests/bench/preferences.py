@@ -1,7 +1,7 @@
-"""DPO beside TRL's DPOTrainer: pairs a second and peak memory, on this machine's GPU or CPU; both sides are printed.
+"""DPO compared with TRL's DPOTrainer: pairs a second and peak memory of both, on this machine's GPU or CPU.
 
 Both train the same adapter on the same base in NF4, on the same pairs in the same order, 32 in each optimizer step, or
-8 on a CPU; there seconds are those of processor time, so that other work on the machine does not count.
+8 on a CPU, where seconds are processor time, so that other load of the machine does not count.
 The model has random weights and, on a GPU, Mistral-7B's shape. A pair is a prompt, its answer, and the next row's
 answer as the rejected one, with the lengths of Alpaca's rows. The first steps of each side are not counted. The job
 computes the reference's log-probabilities once before training, TRL by default in every step: the time of that is
@@ -52,7 +52,7 @@ SMALL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-"""For a CPU: 5 million parameters, and a vocabulary whose logits are not most of the work."""
+"""For a CPU: 5 million parameters, and a vocabulary small enough that logits are not most of the work."""
 BETA, BATCH, MICRO_BATCH, WARMUP, ANSWER = 0.1, 32 if ON_GPU else 8, 8, 2, 0.6
 """ANSWER: an answer's share of the tokens of a row; in Alpaca the mean is 0.57."""
 
@@ -70,12 +70,12 @@ def make_pairs(vocabulary: int, count: int) -> list[Example]:
 
 
 def clock() -> float:
-    """Seconds: by the wall on a GPU, of processor time on a CPU."""
+    """Seconds: wall time on a GPU, processor time on a CPU."""
     return time.perf_counter() if ON_GPU else time.process_time()
 
 
 def sync() -> None:
-    """Waits for the GPU, and forgets its peak of memory."""
+    """Waits for the GPU, and resets its memory peak."""
     gc.collect()
     if ON_GPU:
         torch.cuda.synchronize()
@@ -174,7 +174,7 @@ def train_trl(shape: dict[str, int], pairs: Sequence[Example], steps: int) -> di
 
     class InOrder(DPOTrainer):  # type: ignore[misc]
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
-            return dataset  # it is tokenized
+            return dataset  # the pairs are already tokenized
 
         def _get_train_sampler(self, *_: Any) -> Any:
             return SequentialSampler(self.train_dataset)
@@ -221,7 +221,7 @@ def train_trl(shape: dict[str, int], pairs: Sequence[Example], steps: int) -> di
 
 
 def main() -> int:
-    """Measures both sides, each in a process of its own, and prints a line a side."""
+    """Measures both sides, each in a separate process, and prints a line for each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--tiny", action="store_true")
@@ -243,7 +243,7 @@ def main() -> int:
 
 
 def compare(words: Sequence[str], path: Path | None) -> int:
-    """Each side in a process, so that their peaks of memory are their own."""
+    """Runs each side in a process, so that memory peaks are separate."""
     import subprocess
 
     sides = []

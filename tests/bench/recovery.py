@@ -1,7 +1,7 @@
-"""What surviving costs: seconds and shares of the demo, measured on this machine.
+"""The cost of checkpoints and restarts: seconds and shares of the demo, measured on this machine.
 
-- from SIGTERM to the end of the process, with the state durable
-- training time with a checkpoint every 10 steps, against none
+- from SIGTERM to the end of the process, with a saved checkpoint
+- training time with a checkpoint every 10 steps, compared with none
 - from the start of the process to the first new step: a first start, which scores the base, and a restart
 
 The last also for 25 million parameters, 1,500 rows of real Alpaca and all of ARC-Easy, where the data is at hand.
@@ -33,13 +33,13 @@ GRACE_SECONDS = 30.0
 
 
 def start(url: str, run: str, **changes: str) -> subprocess.Popen[str]:
-    """One attempt of the demo, or of what the changes make of it, its log on a pipe."""
+    """One attempt of the demo with changed settings, its log on a pipe."""
     environment = {
         **os.environ,
         **CREDENTIALS,
         "JOB_PRESET": "demo",
         "JOB_RUN__ID": run,
-        "JOB_RUN__OUTPUT": f"s3://{BUCKET}/{run}",  # apart: runs with the same base would share its evaluation
+        "JOB_RUN__OUTPUT": f"s3://{BUCKET}/{run}",  # else runs with the same base share its evaluation
         "JOB_RUN__SPOT_NOTICES": "off",
         "JOB_STORAGE__ENDPOINT_URL": url,
         "JOB_TRAIN__MAX_STEPS": str(STEPS),
@@ -53,7 +53,7 @@ def start(url: str, run: str, **changes: str) -> subprocess.Popen[str]:
 
 
 def follow(stream: IO[str] | None, until: int) -> int:
-    """Reads the log up to the line of an optimizer step of at least that number, which it returns."""
+    """Reads the log up to the line of an optimizer step with at least this number, and returns it."""
     assert stream is not None
     for line in stream:
         if line.startswith("{"):
@@ -117,7 +117,7 @@ def restarted(url: str, base: Path) -> tuple[Row, dict[str, float]]:
 
 
 def train_seconds(url: str, run: str, every: str) -> float:
-    """How long the steps of a run take from the first to the last, publishing beside them."""
+    """Seconds from a run's first step to its last, with uploads meanwhile."""
     start(url, run, JOB_CHECKPOINT__EVERY_STEPS=every, JOB_EVAL__LIMIT="20").communicate()
     client = boto3.client("s3", endpoint_url=url)
     results = json.loads(client.get_object(Bucket=BUCKET, Key=f"{run}/{run}/results.json")["Body"].read())
@@ -125,7 +125,7 @@ def train_seconds(url: str, run: str, every: str) -> float:
 
 
 def published(url: str, times: int) -> tuple[Row, dict[str, list[float]]]:
-    """The best of several runs with checkpoints, and of as many without, in turn."""
+    """The best of several runs with checkpoints, and of the same number without, in turn."""
     seconds: dict[str, list[float]] = {"10": [], "100000": []}
     for number in range(times):
         for every, trials in seconds.items():

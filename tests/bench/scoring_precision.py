@@ -1,12 +1,12 @@
-"""What rounding does to an evaluation: the ways to score, each compared with fp32 on a real model and real questions.
+"""The effect of rounding on an evaluation: scoring precisions compared with fp32 on a real model and real questions.
 
 `python tests/bench/scoring_precision.py --base FOLDER --adapter FOLDER --task arc_easy=FILE`: base and adapter are
-scored by the pass that trains (bf16) and by `job.model.fused.precise_forward` (fp16), each beside that pass in fp32,
-TF32 off. Each line is one JSON object: how many predictions are those of fp32, how far log-likelihoods and the margin
-between the two best choices are off, and the seconds. fp32 has the NF4 weights as they are; `rounded` has them rounded
-to bf16 first, which is what training multiplies by. `--shape mistral-7b` also times both passes on random weights of
-that shape, with dequantized weights kept and not. `--tiny` is a rehearsal: the demo's base, an adapter of random
-numbers, 40 questions.
+scored by the forward pass of training (bf16) and by `job.model.fused.precise_forward` (fp16), each compared with that
+pass in fp32, TF32 off. Each line is one JSON object: how many predictions are those of fp32, how far log-likelihoods
+and the margin between the two best choices are off, and the seconds. fp32 has the NF4 weights as they are; `rounded`
+has them rounded to bf16 first, which is what training multiplies by. `--shape mistral-7b` also times both passes on
+random weights of that shape, with dequantized weights kept and not. `--tiny` tries the script itself: the demo's base,
+an adapter of random numbers, 40 questions.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TRAINING, PRECISE, EXACT, ROUNDED = "bf16, the pass that trains", "fp16, precise_forward", "fp32", "fp32, rounded"
 REPEATED = 3
-"""Times that what is timed is done; the best counts."""
+"""Repetitions of what is timed; the best counts."""
 
 
 def main() -> int:
@@ -133,12 +133,12 @@ def fill(model: Any) -> None:
 
 
 def fast_kernels() -> kernels.Kernels:
-    """The kernels of a run."""
+    """The kernels that a run uses."""
     return kernels.triton() if ON_GPU else kernels.TORCH
 
 
 def score(model: Any, questions: Sequence[Question], forward: Forward | None) -> Answers:
-    """Packed as the job packs."""
+    """Scores questions, packed as by the job."""
     answers: Answers = []
     for span in plan_sequences(questions, Eval().batch_tokens):
         scored = score_sequence(model, questions[span.start : span.stop], forward)
@@ -147,13 +147,13 @@ def score(model: Any, questions: Sequence[Question], forward: Forward | None) ->
 
 
 def timed(function: Callable[[], Any]) -> tuple[Any, float]:
-    """What it returns, and seconds; `score` ends with a copy from the GPU, so nothing is left to wait for."""
+    """The result and seconds; `score` ends with a copy from the GPU, so no further synchronization is needed."""
     began = time.monotonic()
     return function(), time.monotonic() - began
 
 
 def measure(model: Any, questions: Sequence[Question], tell: Callable[..., None]) -> None:
-    """Every way's answers with and without the adapter, beside fp32, and the seconds of a scoring."""
+    """The answers in each precision with and without the adapter, compared with fp32, and the seconds of a scoring."""
     build = partial(precise_forward.precise_forward, model, kernels=fast_kernels())
     (half, seconds), exact = timed(lambda: build(FP16, keep=True)), build(FP32, keep=False)
     tell(way=PRECISE, seconds_to_convert_the_weights=seconds)
@@ -185,14 +185,14 @@ def measure(model: Any, questions: Sequence[Question], tell: Callable[..., None]
 
 
 def rounded(layer: Any, dtype: torch.dtype, *, keep: bool) -> Callable[[], torch.Tensor]:
-    """In place of `precise_forward._weight`: NF4 weights by way of bf16."""
+    """Replaces `precise_forward._weight`: NF4 weights rounded to bf16 first."""
     if getattr(layer.weight, "quant_state", None) is None:
         return lambda: layer.weight.to(dtype)
     return lambda: dequantized(layer, BF16).to(dtype)
 
 
 def compare(answers: Answers, exact: Answers) -> dict[str, float]:
-    """Nats of a choice's log-likelihood, and of the margin between the two best by the reference."""
+    """Errors in nats of a choice's log-likelihood, and of the margin between the reference's two best choices."""
     best = [sorted(range(len(a)), key=lambda choice, a=a: -a[choice])[:2] for a in exact]  # type: ignore[misc]
     errors = torch.tensor([abs(a - b) for x, y in zip(answers, exact, strict=True) for a, b in zip(x, y, strict=True)])
     margins = torch.tensor(
@@ -211,7 +211,7 @@ def compare(answers: Answers, exact: Answers) -> dict[str, float]:
 
 
 def at_shape(shape: str, tell: Callable[..., None]) -> None:
-    """Seconds of both passes at a larger model's shape, with random weights, kept dequantized and not."""
+    """Seconds of both passes at a larger model's shape, with random weights, dequantized weights kept and not."""
     from job.model.lora import add_adapter
 
     sizes = shapes.MISTRAL_7B if shape == "mistral-7b" else shapes.TINY

@@ -1,17 +1,17 @@
 """One long row on one GPU and on several together: `python tests/bench/sequence_parallel.py [--tiny] [--layers N]`.
 
-A random model of Mistral-7B's shape in NF4, as `long_rows.py` beside this has it, in one process for each GPU. A JSON
-line a finding:
+A random model of Mistral-7B's shape in NF4, as in `long_rows.py`, with one process for each GPU. One JSON line per
+finding:
 
 - exchange: milliseconds of the two exchanges around attention, forward, of 64,000 tokens;
-- exact: the gradient of 20,001 tokens through 2 layers on one GPU and on all together, twice: how far they are apart,
-  and whether the second is the first to the bit; and by one GPU in tiles of half the size, which shows what rounding
-  to bf16 does;
-- row64k: 64,000 tokens through N layers (8), by each GPU alone at the same time, then by all together;
+- exact: the gradient of 20,001 tokens through 2 layers on one GPU and on all together, twice: their difference, and
+  whether both runs have the same bits; and by one GPU in tiles of half the size, which shows the effect of rounding
+  to bf16;
+- row64k: 64,000 tokens through N layers (8), by each GPU alone at the same time, then by all GPUs together;
 - whole64k: 64,000 tokens through all layers by all GPUs;
 - cap24: 140,000 tokens through 2 layers with 24 GB of each GPU, by a limit on the allocator, and without it on one.
 
-Budget: 90 s on two H200s, of which imports and the model take 25. --tiny rehearses all of it on a CPU, by gloo.
+Budget: 90 s on two H200s, of which imports and the model take 25. --tiny tries the script itself on a CPU, by gloo.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from typing import Any
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink's multicast, which GPUs that are lent singly do not have
+os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink's multicast, which GPUs that are assigned singly do not have
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 TIMEOUT = 150
 """Seconds after which the processes are killed."""
 LATEST = 65
-"""Seconds after the start after which no section begins."""
+"""Seconds from the start after which no section begins."""
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A free port."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port: int = probe.getsockname()[1]
@@ -72,7 +72,7 @@ class Both:
     Args:
         chosen: The arguments.
         group: All processes.
-        began: When this one did.
+        began: When this process began.
     """
 
     def __init__(self, args: argparse.Namespace, group: Any, began: float) -> None:
@@ -94,7 +94,7 @@ class Both:
             print(json.dumps({"what": what, "since": round(time.monotonic() - self.began, 1), **rounded}), flush=True)
 
     def run(self, what: str, tokens: int, layers: int | None, *, together: bool, **plan: Any) -> Any:
-        """One optimizer step of one row, timed: this process's alone, or that of all. Returns the gradient."""
+        """One optimizer step of one row, timed: by this process alone, or by all. Returns the gradient."""
         import torch
 
         from job.data.batch_plan import Steps
@@ -162,7 +162,7 @@ class Both:
         return gradient
 
     def compare(self, what: str, one: Any, other: Any) -> None:
-        """How far two gradients are apart."""
+        """The difference of two gradients."""
         self.say(
             what, relative_difference=float((one - other).norm() / other.norm()), same_bits=bool((one == other).all())
         )
@@ -225,7 +225,7 @@ def whole64k(both: Both) -> None:
 
 
 def cap24(both: Both) -> None:
-    """140,000 tokens; the context of CUDA comes on top of the limit."""
+    """140,000 tokens; the limit does not count the CUDA context."""
     import torch
 
     tokens, how = both.bench.size(140_000), {"offloaded": True, "kept_attention": False}
@@ -266,7 +266,7 @@ def measure(args: argparse.Namespace, began: float) -> None:
 
 
 def main() -> int:
-    """Starts the processes, or is one of them."""
+    """Starts the processes, or runs as one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--layers", type=int, default=8)

@@ -1,4 +1,4 @@
-"""Random models of real shapes, and examples and questions of real lengths: speed does not depend on what they say."""
+"""Random models of real shapes, and examples and questions of real lengths; speed does not depend on their content."""
 
 from __future__ import annotations
 
@@ -34,8 +34,7 @@ LENGTHS = json.loads(Path(__file__).with_name("lengths.json").read_text())
 def random_base(shape: dict[str, int], device: torch.device, attention: str) -> Any:
     """A random Mistral in bf16 whose layers are quantized as the job's are: NF4 with double quantization.
 
-    Made in place, without a file: what transformers would do while loading, at a fraction of the time. Attention has no
-    window, as in Mistral-7B-v0.3.
+    Made in place without a file, in a fraction of the time of loading. Attention has no window, as in Mistral-7B-v0.3.
     """
     from transformers import MistralConfig
 
@@ -90,7 +89,7 @@ def quantized(config: Any, device: torch.device, dtype: torch.dtype = torch.bflo
 
 
 def examples(vocabulary: int, count: int = 1500) -> list[Example]:
-    """Random tokens, as long as Alpaca's first good rows are in Mistral's tokenizer; all but the first are learned."""
+    """Random tokens, as long as Alpaca's first valid rows in Mistral's tokenizer; all but the first are targets."""
     chance = random.Random(0)
     drawn = []
     for length in LENGTHS["alpaca"][:count]:
@@ -100,7 +99,7 @@ def examples(vocabulary: int, count: int = 1500) -> list[Example]:
 
 
 def questions(vocabulary: int, count: int | None = None) -> list[Question]:
-    """Random tokens, as long as ARC-Easy's questions and choices are in Mistral's tokenizer."""
+    """Random tokens, as long as ARC-Easy's questions and choices in Mistral's tokenizer."""
     chance = random.Random(0)
 
     def tokens(length: int) -> tuple[int, ...]:
@@ -113,7 +112,7 @@ def questions(vocabulary: int, count: int | None = None) -> list[Question]:
 
 
 def tokenizer() -> Any:
-    """One that knows the special tokens only: what is trained on here comes as token ids."""
+    """A tokenizer with special tokens only: training data here consists of token ids."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

@@ -1,7 +1,7 @@
-"""Unsloth's column of `cpu_training.py --unsloth PYTHON`, by an interpreter that has Unsloth and what it wants.
+"""Unsloth's column of `cpu_training.py --unsloth PYTHON`, by an interpreter that has Unsloth and its requirements.
 
-It patches what it imports, and wants other versions of some packages, so it stands apart: it reads the base and the
-examples, in the order of the job's plan, from files, and prints loss and seconds of each step.
+Unsloth patches what it imports, and requires other versions of some packages, so this is a separate script: it reads
+the base and the examples, in the order of the job's plan, from files, and prints loss and seconds of each step.
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ class Clock(TrainerCallback):  # type: ignore[misc]
         self.began = 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """The clock starts."""
+        """Starts the clock."""
         self.began = time.monotonic()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """The clock stops."""
+        """Stops the clock."""
         self.seconds.append(time.monotonic() - self.began)
 
     def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-        """What the step came to."""
+        """Records the step's loss."""
         if "loss" in logs:
             self.losses.append(float(logs["loss"]))
 
 
 class InOrder(SFTTrainer):  # type: ignore[misc]
-    """The examples as they come."""
+    """Yields the examples in order."""
 
     def _get_train_sampler(self, *_: Any) -> Any:
         return SequentialSampler(self.train_dataset)
 
 
 def main() -> int:
-    """Trains as the file says."""
+    """Trains with the settings of the file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("task", type=Path, help="JSON: base, examples, the recipe")
     task = json.loads(parser.parse_args().task.read_text(encoding="utf-8"))

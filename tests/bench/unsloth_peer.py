@@ -1,9 +1,9 @@
 """Unsloth on the same model and data: `python tests/bench/unsloth_peer.py [--tiny] [--out FOLDER]`.
 
-It stands apart because it patches what it imports, and wants other versions of some packages. A random Mistral-7B is
-written in bf16 and loaded by Unsloth in NF4; real Alpaca lengths, 8 x 4 examples a step, rank 16 on all projections,
-its own checkpointing. Its padded, padding-free and packed ways are tried, in four passes a step or one, and with kept
-activations.
+This is a separate script because Unsloth patches what it imports, and requires other versions of some packages. A
+random Mistral-7B is written in bf16 and loaded by Unsloth in NF4; real Alpaca lengths, 8 x 4 examples a step, rank 16
+on all projections, its own checkpointing. Padded, padding-free and packed training are tried, in four micro-batches a
+step or one, and with kept activations.
 """
 
 from __future__ import annotations
@@ -79,12 +79,12 @@ def rate() -> float:
 
 
 def train(out: Path, base: Path, way: str, args: argparse.Namespace, bound: float) -> None:
-    """Loads, trains some steps in one way, and says how fast."""
+    """Loads, trains some steps with one variant, and prints the speed."""
     quantized = base / "nf4"
     model, tokenizer = FastLanguageModel.from_pretrained(
         str(quantized if quantized.exists() else base), max_seq_length=2048, dtype=torch.bfloat16, load_in_4bit=True
     )
-    if not quantized.exists():  # the next way loads a third of the bytes
+    if not quantized.exists():  # the next variant loads a third of the bytes
         model.save_pretrained(quantized)
         tokenizer.save_pretrained(quantized)
     model = FastLanguageModel.get_peft_model(
@@ -108,7 +108,7 @@ def train(out: Path, base: Path, way: str, args: argparse.Namespace, bound: floa
     seen: list[int] = []
 
     class Clock(TrainerCallback):  # type: ignore[misc]
-        """Notes when a step has ended."""
+        """Records when a step has ended."""
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             if ON_GPU:
@@ -172,7 +172,7 @@ def train(out: Path, base: Path, way: str, args: argparse.Namespace, bound: floa
 
 
 def main() -> int:
-    """Every way in turn; one that fails says so."""
+    """Runs every variant in turn; errors are recorded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--steps", type=int, default=8)

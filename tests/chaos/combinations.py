@@ -1,7 +1,7 @@
 """`make combinations`: random combinations of valid settings, each planned, run, killed and resumed on a tiny model.
 
-What is demanded of every combination: it is refused by `plan` and by the job alike, with the same exit code and before
-the base is scored; or it is accepted by both and runs to its end. Then the run verifies, its manifest is valid by its
+Every combination must either be refused by both `plan` and the job, with the same exit code and before the base is
+scored, or be accepted by both and run to its end. Then the run verifies, its manifest is valid by its
 schema, a second start changes nothing, and a run that is killed at random points publishes the same bits. Never a
 traceback, and `status` answers at any time.
 """
@@ -41,7 +41,7 @@ from tests.chaos import hot_forks, small
 from tests.helpers import alpaca_rows, arc_rows, write_jsonl
 
 MENDED = LIKELY = 0.9
-"""Share of refused combinations that are tried again without the settings that were named; of what fits together."""
+"""Share of refused combinations that are tried again without the refused settings; share of the likelier choices."""
 RARE = 0.1
 """Share of combinations with a classifier, or with an adapter to start from."""
 SECONDS = 150
@@ -148,13 +148,13 @@ VALUES: Mapping[str, Sequence[str]] = {
     "gate.max_regression": ("0", "0.1", "1"),
     "gate.policy": ("arc", "several", "export"),
 }
-"""Settings drawn from these values, with those that are at an edge. FILE, or a name, is a file of the world."""
+"""Settings drawn from these values, including those at a limit. FILE, or a name, is a file of `World`."""
 OF_THE_WORLD = (
     *("run.id", "run.output", "run.spot_notices", "run.device", "model.id", "lora.start", "data.source", "data.fields"),
     *("data.sft_source", "data.sft_fields", "data.safety_model", "eval.tasks", "eval.data", "eval.judge"),
     *("storage.cache", "log.format", "fault"),
 )
-"""Settings that `draw_settings` gives a value by its own rule."""
+"""Settings whose values `draw_settings` chooses by separate rules."""
 NOT_DRAWN = (
     *("preset", "run.grace_seconds", "run.max_idle_attempts", "run.processes", "run.nodes", "run.node_rank"),
     *("run.rendezvous", "run.image_digest", "train.stall_seconds", "data.split", "data.sft_split"),
@@ -174,7 +174,7 @@ NEEDS: Mapping[str, str] = {
     **dict.fromkeys(("eval.prompts_max_new_tokens", "eval.principles"), "eval.prompts"),
     "gate.metric": "gate.min_delta",
 }
-"""Setting -> another that is drawn with it, without which it would mostly be refused."""
+"""Setting -> another setting that is drawn with it, because without it the first would mostly be refused."""
 
 
 def choices_of(name: str) -> list[str]:
@@ -206,13 +206,13 @@ def pool() -> dict[str, Sequence[str]]:
 
 @dataclass(frozen=True)
 class World:
-    """The files of all combinations, below `folder`; what they have in common is in `environment`."""
+    """The files of all combinations, below `folder`, and the variables that all of them share, in `environment`."""
 
     folder: Path
     environment: Mapping[str, str]
 
     def path(self, name: str) -> str:
-        """Where a file or folder of the world is."""
+        """The path of a file or folder."""
         return str(self.folder / name)
 
 
@@ -356,7 +356,7 @@ def _bases(folder: Path) -> None:
 
 
 def draw_settings(draw: random.Random, world: World) -> tuple[Given, bool]:
-    """A combination, and whether settings that the schema's checks refuse were taken out of it again."""
+    """A combination, and whether settings that the schema's checks refuse were removed from it."""
     drawn, given = pool(), dict[str, str]()
 
     def take(name: str) -> None:
@@ -482,7 +482,7 @@ def environment_of(given: Given, world: World, run: str, output: Path) -> dict[s
 
 @dataclass(frozen=True)
 class Outcome:
-    """One combination: its exit codes by command, the promise that was broken, and the log of what broke it."""
+    """One combination: its exit codes by command, the requirement that was violated, and the log of that command."""
 
     number: int
     given: Given
@@ -493,19 +493,19 @@ class Outcome:
 
     @property
     def kind(self) -> str:
-        """What came of it, in a word."""
+        """The outcome in a word."""
         first = dict(end.split(" ") for end in self.ends).get("run", "")
         return "broken" if self.broken else ("complete" if first in map(str, ENDS) else f"refused with {first}")
 
 
 class _Broken(Exception):
-    """A promise was broken."""
+    """A requirement was violated."""
 
 
 def try_combination(
     world: World, number: int, seed: int, without: Sequence[str] = (), extra: Given | None = None
 ) -> Outcome:
-    """Draws the combination of this number, and does all that is promised of it."""
+    """Draws the combination with this number, and tests all requirements."""
     draw = random.Random(f"{seed} {number}")
     given, _ = draw_settings(draw, world)
     given = {name: value for name, value in given.items() if name not in without} | (extra or {})
@@ -526,7 +526,7 @@ def try_combination(
 
 
 class _Trial:
-    """The commands that are tried on a combination, in order; `ends` gets how each ended."""
+    """The commands that are run on a combination, in order; `ends` gets the exit code of each."""
 
     def __init__(self, world: World, given: Given, output: Path, ends: list[str]) -> None:
         self.world, self.given, self.output, self.ends = world, given, output, ends
@@ -536,7 +536,7 @@ class _Trial:
         """Plans, runs, reads, and kills.
 
         Raises:
-            _Broken: With the promise that was broken.
+            _Broken: With the requirement that was violated.
         """
         whole = environment_of(self.given, self.world, "whole", self.output / "one")
         planned = self._do("plan", ["plan", "--format", "json"], whole)
@@ -546,7 +546,8 @@ class _Trial:
         if code not in ENDS:
             if code not in REFUSED:
                 raise _Broken(f"ended with {code}")
-            if planned not in REFUSED:  # of several problems, which `plan` names together, another may be the first
+            # `plan` names all problems; if there are several, the job may report another one first.
+            if planned not in REFUSED:
                 raise _Broken(f"`plan` ended with {planned}, and the job refused with {code}")
             started = {json.loads(line).get("stage") for line in self.log.splitlines() if line.startswith("{")}
             if started & {Stage.EVALUATE_BASE, Stage.TRAIN}:
@@ -565,7 +566,7 @@ class _Trial:
         self._kill(draw, code, span, results)
 
     def _mend(self) -> bool:
-        """Takes what was refused out of the combination, as a user would; False if that is not known."""
+        """Removes what was refused from the combination, as a user would; False if the setting is not known."""
         problems = " ".join(
             p for line in self.log.splitlines() if '"problems"' in line for p in json.loads(line)["problems"]
         )
@@ -580,7 +581,7 @@ class _Trial:
         return bool(taken)
 
     def _read(self, run: Path, code: int) -> dict[str, Any]:
-        """The manifest of a complete run that holds what it says."""
+        """The manifest of a complete run, after checking that it verifies."""
         results: dict[str, Any] = json.loads((run / RESULTS).read_bytes())
         schema = json.loads((Path(job.__file__).parent / "results.schema.json").read_bytes())
         try:
@@ -641,7 +642,7 @@ class _Trial:
                 raise _Broken(f"resumed, its manifest says otherwise: {'; '.join(wrong)[:500]}")
 
     def _do(self, name: str, words: list[str], environ: Mapping[str, str], seconds: float = SECONDS) -> int:
-        """The exit code of a command; its output is the log. A process that is not done in time is killed."""
+        """The exit code of a command; its output goes to the log. A process that takes too long is killed."""
         out, err = self.output / "stdout", self.output / "stderr"
         self.output.mkdir(parents=True, exist_ok=True)
         out.write_text("")
@@ -662,7 +663,7 @@ class _Trial:
 
 
 def _differences(one: Any, two: Any, where: str) -> Iterator[str]:
-    """Where two parts of manifests differ, except in seconds and in what follows from them."""
+    """Where two parts of manifests differ, except for seconds and figures computed from them."""
     if isinstance(one, Mapping) and isinstance(two, Mapping):
         for key in [*one, *(key for key in two if key not in one)]:
             if not any(
@@ -678,7 +679,7 @@ def _differences(one: Any, two: Any, where: str) -> Iterator[str]:
 
 
 def main() -> int:
-    """Tries the combinations and prints what came of each; exit code 1 if a promise was broken."""
+    """Tries the combinations and prints each outcome; exit code 1 if a requirement was violated."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)

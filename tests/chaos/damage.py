@@ -1,6 +1,6 @@
-"""`make damage`: files of run folders are damaged at random, then the job goes on with the run, or reads it.
+"""`make damage`: files of run folders are damaged at random, then the job resumes or reads the run.
 
-What is demanded of every case: the result of the undisturbed run to the bit, or a refusal with a code of the table.
+Every case must end with the result of the undisturbed run, bit by bit, or with an exit code of the table.
 Never a traceback, never another adapter with exit code 0, never `verify` with 0 on a damaged finished run.
 """
 
@@ -44,7 +44,7 @@ SECONDS = 120
 
 @dataclass(frozen=True)
 class World:
-    """What all cases begin with: the settings, copies of run folders by state, and what the undisturbed run gave."""
+    """The starting point of all cases: settings, copies of run folders by state, and results of the undisturbed run."""
 
     folder: Path
     environment: Mapping[str, str]
@@ -52,14 +52,14 @@ class World:
     other: Path
     facts: Mapping[str, str]
     read: Mapping[str, str]
-    """Command -> what it says of the undisturbed finished run."""
+    """Command -> its output on the undisturbed finished run."""
 
 
 @dataclass(frozen=True)
 class _Case:
     """A damaged copy of a run below `output`, and what is done with it.
 
-    `changed`: a file is another now or missing. `added`: the files that there were not before.
+    `changed`: whether a file was changed or removed. `added`: new files.
     """
 
     world: World
@@ -73,7 +73,7 @@ class _Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One case: what was damaged and how, what came of it, and which promise was broken, if any."""
+    """One case: what was damaged and how, the outcome, and the requirement that was violated, if any."""
 
     number: int
     state: str
@@ -92,7 +92,7 @@ class Outcome:
 def build(folder: Path) -> World:
     """The runs: one finished at its second attempt, the same twice interrupted, and another one.
 
-    Where `folder` has been built before, in whole or in part, what is there is taken as it is.
+    Runs that `folder` already contains are used as they are.
     """
     kept = folder / "world.json"
     if kept.exists():
@@ -135,7 +135,7 @@ def build(folder: Path) -> World:
 
 
 def heat(world: World) -> None:
-    """Carries out all that the cases do in this process, which they are forked from; see `hot_forks`."""
+    """Runs everything once in this process, from which the cases are forked; see `hot_forks`."""
     output, finished = world.folder / "heated", str(world.states[FINISHED] / RUN)
     shutil.rmtree(output, ignore_errors=True)
     shutil.copytree(world.states[TO_PUBLISH], output)
@@ -151,7 +151,7 @@ def _expect(code: int, environment: Mapping[str, str]) -> None:
 
 
 def _in_worker(number: int, *, world: World, seed: int, kind: str | None) -> Outcome:
-    """A case in one of several processes, each with a folder, and a server of this kind, of its own."""
+    """A case in one of several processes, each with its own folder and its own server of this kind."""
     own = replace(world, folder=world.folder / f"worker-{os.getpid()}")
     own.folder.mkdir(exist_ok=True)
     return _case(own, number, random.Random(f"{seed} {number}"), _own_server(kind) if kind else None)
@@ -159,7 +159,7 @@ def _in_worker(number: int, *, world: World, seed: int, kind: str | None) -> Out
 
 @dataclass(frozen=True)
 class _Server:
-    """An imitation of a cloud's store: its kind, and the variables that lead to it."""
+    """An imitation of a cloud's store: its kind, and the variables with its address."""
 
     kind: str
     environ: Mapping[str, str]
@@ -180,7 +180,7 @@ def _case(world: World, number: int, draw: random.Random, server: _Server | None
     shutil.rmtree(output, ignore_errors=True)
     shutil.copytree(world.states[state], output, ignore=shutil.ignore_patterns("made"))
     path, damage, changed, added = _damage(draw, output, world.other)
-    # an interrupted run goes on, and then has to verify; a finished one is read, or started again
+    # an interrupted run is resumed, and then has to verify; a finished one is read, or started again
     reading = ["verify", draw.choice(["run", "report", "compare"])]
     commands = reading if state == FINISHED else ["run", "verify"]
     try:
@@ -200,8 +200,8 @@ def _damage(draw: random.Random, output: Path, other: Path) -> tuple[str, str, b
     """Damages a file below `output`, each kind of file equally often.
 
     Returns:
-        The file's path, without the run's id; the damage in words; whether a file of the run is another now or missing
-        (what the local store keeps for itself, and scores that runs share, are in no manifest); and the new files.
+        The file's path, without the run's id; the damage in words; whether a file of the run was changed or removed
+        (the local store's own files, and scores that runs share, are in no manifest); and the new files.
     """
     kinds: dict[str, list[str]] = defaultdict(list)
     for path in _files(output):
@@ -245,7 +245,7 @@ def _duplicate(draw: random.Random, output: Path, path: str, _other: Path) -> No
 
 
 def _add(draw: random.Random, output: Path, path: str, _other: Path) -> None:
-    """Beside the others, under a number that is not taken; or under a name of no kind."""
+    """Next to the others, under an unused number or an unknown name."""
     numbers = list(re.finditer(r"\d+", path))
     new = f"{path}.copy"
     if numbers:
@@ -257,7 +257,7 @@ def _add(draw: random.Random, output: Path, path: str, _other: Path) -> None:
 
 
 def _foreign(draw: random.Random, output: Path, path: str, other: Path) -> None:
-    """The file of the same name of another run, or one of its others where it has none."""
+    """The file of the same name of another run, or another file of that run if it has none of that name."""
     there = other / re.sub(f"^{RUN}/", f"{OTHER}/", path)
     if not there.is_file():
         there = other / draw.choice(_files(other))
@@ -276,7 +276,7 @@ DAMAGES: Mapping[str, Callable[[random.Random, Path, str, Path], None]] = {
 
 
 def _carry_out(case: _Case) -> tuple[list[str], str | None, str]:
-    """Reads the run, or goes on with it; returns what came of each command, the broken promise, and its log."""
+    """Reads or resumes the run; returns the outcome of each command, the violated requirement, and its log."""
     results: list[str] = []
     log = ""
     with _placed(case.output, case.server) as (where, fetch):
@@ -299,13 +299,13 @@ def _carry_out(case: _Case) -> tuple[list[str], str | None, str]:
 
 
 def _names_only(added: Sequence[str], log: str) -> bool:
-    """Whether `verify` found fault only with files that were added: the run is right, and no record knows them."""
+    """Whether `verify` complains only about added files: the run is right, and no record lists them."""
     differences = [line.strip() for line in log.splitlines() if line.startswith("  ") and ": claimed " in line]
     return bool(differences) and all(line.startswith(tuple(f"{path}: " for path in added)) for line in differences)
 
 
 def _kept(case: _Case, command: str, said: str, fetch: Callable[[], None]) -> str | None:
-    """The promise that a command with exit code 0 broke; None where it kept all."""
+    """The requirement that a command with exit code 0 violated; None if it met all."""
     if command == "run":
         fetch()
         wrong = _differing(case.output / RUN, case.world.facts)
@@ -317,7 +317,7 @@ def _kept(case: _Case, command: str, said: str, fetch: Callable[[], None]) -> st
 
 
 def _command(world: World, command: str, where: str, server: _Server | None) -> tuple[int, str, str]:
-    """Exit code, what is said of the run by those that read it, and the log."""
+    """Exit code, the output about the run by commands that read it, and the log."""
     store = {} if server is None else server.environ
     if command != "run":
         return _read(world, command, f"{where}/{RUN}", store)
@@ -326,7 +326,7 @@ def _command(world: World, command: str, where: str, server: _Server | None) -> 
 
 
 def _read(world: World, command: str, where: str, store: Mapping[str, str]) -> tuple[int, str, str]:
-    """Runs a command that reads a run; returns its exit code, what it says of the run, and its log."""
+    """Runs a command that reads a run; returns its exit code, its output about the run, and its log."""
     page = world.folder / "page.html"
     words, environ = _reading(world, command, where, page)
     done = hot_forks.run(words, {**environ, **store}, timeout=SECONDS)
@@ -347,7 +347,7 @@ def _reading(world: World, command: str, where: str, page: Path) -> tuple[list[s
 
 
 def _differing(folder: Path, expected: Mapping[str, str]) -> list[str]:
-    """What is not as in the undisturbed run, by manifest or by content."""
+    """What differs from the undisturbed run, by manifest or by content."""
     published = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
     claimed = facts_of(published)
     found = {}
@@ -361,7 +361,7 @@ def _differing(folder: Path, expected: Mapping[str, str]) -> list[str]:
 
 @contextmanager
 def _placed(output: Path, server: _Server | None) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Where the job finds the runs below `output`, and what brings them back to it."""
+    """The URI at which the job finds the runs below `output`, and a function that copies them back."""
     if server is None:
         yield str(output), lambda: None
         return
@@ -371,7 +371,7 @@ def _placed(output: Path, server: _Server | None) -> Iterator[tuple[str, Callabl
     def put() -> None:
         store = open_store(where, options)
         for path in _files(output):
-            if ".store" not in Path(path).parts:  # what a local store keeps for itself
+            if ".store" not in Path(path).parts:  # the local store's own files
                 store.upload(output / path, path)
 
     def fetch() -> None:
@@ -396,7 +396,7 @@ def _placed(output: Path, server: _Server | None) -> Iterator[tuple[str, Callabl
 
 
 def main() -> int:
-    """Damages, and prints the table; exit code 1 if a promise was broken."""
+    """Damages, and prints the table; exit code 1 if a requirement was violated."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
@@ -437,7 +437,7 @@ def main() -> int:
 
 
 def _noted(journal: Path | None) -> list[Outcome]:
-    """The outcomes that a journal has."""
+    """The outcomes in a journal."""
     if journal is None or not journal.exists():
         return []
     lines = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()]
@@ -450,7 +450,7 @@ def _describe(outcome: Outcome, seed: int) -> str:
 
 
 def report(outcomes: Sequence[Outcome], seconds: float) -> int:
-    """Prints kind of file x damage -> what came of it, and the counts."""
+    """Prints kind of file x damage -> outcome, and the counts."""
     table: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for outcome in outcomes:
         word = "BROKEN" if outcome.broken else ", ".join(outcome.results)

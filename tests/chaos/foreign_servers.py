@@ -1,7 +1,7 @@
 """`make servers`: the job against S3 servers that are not like AWS's, each a proxy in front of moto's server.
 
-Demanded of each: the job completes, `verify` holds, the artifacts are those of a run in a local folder, and it takes no
-longer than `LIMIT` times as long as on moto's server itself.
+With each of them the job must complete and verify, the artifacts must be those of a run in a local folder, and it may
+take at most `LIMIT` times as long as on moto's server itself.
 
 To add a server: a function that answers a request or returns False to have it passed on, and a line in `SERVERS`.
 """
@@ -41,7 +41,7 @@ _DRAW, _LOCK = random.Random(0), threading.Lock()
 
 
 def without_conditions(request: Request, _upstream: str) -> bool:
-    """OpenStack Swift: 501 to conditional writes."""
+    """As OpenStack Swift: 501 for conditional writes."""
     conditional = request.command in {"PUT", "POST", "DELETE"} and {"If-Match", "If-None-Match"} & set(request.headers)
     if conditional:
         request.refuse(501, "NotImplemented")
@@ -49,7 +49,7 @@ def without_conditions(request: Request, _upstream: str) -> bool:
 
 
 def with_other_words(request: Request, upstream: str) -> bool:
-    """404 with words of its own for an object that is missing."""
+    """404 with another error code for an object that is missing."""
     status, headers, content = forwarded(request, upstream)
     if status == http.HTTPStatus.NOT_FOUND:
         content = b"<html><body>nothing here</body></html>"
@@ -59,7 +59,7 @@ def with_other_words(request: Request, upstream: str) -> bool:
 
 
 def with_strict_ranges(request: Request, upstream: str) -> bool:
-    """400 to a range that goes beyond the end of the object."""
+    """400 for a range that goes beyond the end of the object."""
     asked = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", ""))
     if asked is None:
         return False
@@ -77,7 +77,7 @@ def with_strict_ranges(request: Request, upstream: str) -> bool:
 
 
 def cutting(request: Request, upstream: str) -> bool:
-    """Cuts a share of the connections: before the request is carried out, or within its answer, at any byte."""
+    """Closes a share of the connections: before the request is carried out, or within its answer, at any byte."""
     with _LOCK:
         cut, before, place = _DRAW.random() < SHARE, _DRAW.random() < 1 / 2, _DRAW.random()
     if not cut:
@@ -88,7 +88,7 @@ def cutting(request: Request, upstream: str) -> bool:
         whole = "\r\n".join([*lines, f"Content-Length: {len(content)}", "", ""]).encode() + content
         request.wfile.write(whole[: int(place * len(whole))])
         request.wfile.flush()
-    # with a reset instead of an end, which a client could take for the end of the answer
+    # with a reset: a client could take a normal close for the end of the answer
     request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     request.hang_up()
     return True
@@ -135,7 +135,7 @@ def foreign(upstream: str, peculiar: Callable[[Request, str], bool]) -> Iterator
 
 
 def _run(environ: Mapping[str, str], where: str) -> tuple[str, float, dict[str, str]]:
-    """What is wrong with a run there, empty for nothing; its seconds; and its artifacts."""
+    """What is wrong with a run on that server (empty for nothing), its seconds, and its artifacts."""
     begun = time.monotonic()
     done = hot_forks.run([], {**environ, "JOB_RUN__OUTPUT": where}, timeout=SECONDS)
     seconds = time.monotonic() - begun
@@ -150,7 +150,7 @@ def _run(environ: Mapping[str, str], where: str) -> tuple[str, float, dict[str, 
 
 
 def main() -> int:
-    """Runs the job on each, and prints the seconds; exit code 1 if a promise was broken."""
+    """Runs the job on each, and prints the seconds; exit code 1 if a requirement was violated."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="servers with this in their name")
     only = parser.parse_args().only

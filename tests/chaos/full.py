@@ -1,4 +1,4 @@
-"""`make chaos`: a hundred runs, each killed at random points, against undisturbed ones. Prints what happened.
+"""`make chaos`: a hundred runs, each killed at random points, compared with undisturbed ones. Prints a table.
 
 The runs take the configurations of `small.CONFIGURATIONS` in turn.
 """
@@ -31,7 +31,7 @@ KEPT = "undisturbed.json"
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """A configuration, and its run that was left alone: what it published, and the seconds that it took."""
+    """A configuration and its undisturbed run: what it published, and the seconds that it took."""
 
     environment: Mapping[str, str]
     facts: Mapping[str, str]
@@ -40,7 +40,7 @@ class Undisturbed:
 
 
 def main() -> int:
-    """Runs the chaos and prints the table; exit code 1 if a single run differs."""
+    """Runs and kills, and prints the table; exit code 1 if any run differs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--first", type=int, default=0, help="number of the first run, to go on where others ended")
@@ -50,7 +50,7 @@ def main() -> int:
     parser.add_argument("--store", choices=clouds.SCHEMES, help="the runs lie in an imitation of this store")
     parser.add_argument("--validate", action="store_const", dest="only", const="early-stopping", help="early stopping")
     chosen = parser.parse_args()
-    preload()  # first of all: it keeps torch from starting threads
+    preload()  # before anything else: it keeps torch from starting threads
     names = [chosen.only] if chosen.only else list(CONFIGURATIONS)
     known: dict[str, Undisturbed] = {}
     outcomes: list[tuple[str, Outcome]] = []
@@ -66,7 +66,7 @@ def main() -> int:
                 print(f"{name}, undisturbed: {known[name].span:.1f} s, {known[name].told}", flush=True)
             whole, output = known[name], f"{outputs or folder}/out/{run}"
             outcome = run_until_done(
-                # a base evaluation is shared between runs of one output: every run shall do its own
+                # runs with the same output would share the base's evaluation; here each has to do its own
                 {**whole.environment, **server, "JOB_RUN__OUTPUT": output},
                 run,
                 folder,
@@ -83,10 +83,10 @@ def main() -> int:
 def _undisturbed(name: str, folder: Path, server: Mapping[str, str], outputs: str | None) -> Undisturbed:
     """Runs a configuration twice without a kill: the first run warms caches, so the time of the second one counts.
 
-    `server` has the variables of the store where the runs lie, at the URI `outputs`; None for `folder`.
+    `server` has the variables of the store with the runs, at the URI `outputs`; None for `folder`.
 
     Raises:
-        AssertionError: The two differ, or the run does not stop early where that is what is tried.
+        AssertionError: The two differ, or a run that should stop early does not.
     """
     own = folder / name.replace(",", "-")
     own.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ def _undisturbed(name: str, folder: Path, server: Mapping[str, str], outputs: st
 
 
 class _Never(random.Random):
-    """Draws a time that never comes."""
+    """Draws a time that is never reached."""
 
     def uniform(self, a: float, b: float) -> float:
         del a, b
@@ -122,7 +122,7 @@ class _Never(random.Random):
 
 
 def report(known: Mapping[str, Undisturbed], outcomes: list[tuple[str, Outcome]]) -> int:
-    """Prints where the kills fell and what they cost."""
+    """Prints in which stages runs were killed, and what that cost."""
     kills = [kill for _, outcome in outcomes for kill in outcome.kills]
     repeated = [attempt.repeated_steps for _, outcome in outcomes for attempt in outcome.attempts]
     table = Counter((kill.stage, signal.Signals(kill.number).name) for kill in kills)

@@ -1,7 +1,7 @@
 """Runs of the job that are killed at random points until they are done.
 
-Every attempt is a forked child of a process that has imported the heavy libraries once: an attempt takes two seconds
-instead of ten, and what is killed is still a whole process running the real command line.
+Every attempt is forked from a process that has imported the heavy libraries once: it takes two seconds instead of ten,
+and is still a whole process that runs the real command line.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BETWEEN = "start-up"
 
 @dataclass(frozen=True)
 class Kill:
-    """A blow that fell: the signal, seconds after the start, the stage it fell in, and how the process ended."""
+    """One kill: the signal, seconds after the start, the stage, and how the process ended."""
 
     number: int
     after: float
@@ -39,7 +39,7 @@ class Kill:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run, done: its facts (path -> hash), the kills it took, and its attempts as the ledger has them."""
+    """A finished run: its facts (path -> hash), its kills, and its attempts according to the run log."""
 
     facts: dict[str, str]
     kills: tuple[Kill, ...]
@@ -57,20 +57,20 @@ def preload() -> None:
 
 
 def run_until_done(environment: Mapping[str, str], run: str, folder: Path, draw: random.Random, span: float) -> Outcome:
-    """Starts attempts and kills them until one is left alone for long enough to finish.
+    """Starts attempts and kills them until one has enough time to finish.
 
     Args:
         environment: The settings, `JOB_RUN__OUTPUT` among them; `run` is added.
         run: The run's id.
         folder: Where the attempts' logs go.
         draw: Decides when and how each attempt is killed.
-        span: Seconds that an undisturbed run takes; kills fall anywhere in it, and in later attempts after its end.
+        span: Seconds that an undisturbed run takes; kills are within this time, and in later attempts after it.
     """
     kills: list[Kill] = []
     for number in range(1, MAX_ATTEMPTS + 1):
         log = folder / f"{run}-{number:02d}.log"
         child = start_attempt({**environment, "JOB_RUN__ID": run}, log)
-        # Within the first attempt's time, so that nearly every run is hit; then later and later, so that each ends.
+        # First within an undisturbed run's time, so that most runs are killed; then ever later, so that each ends.
         after = draw.uniform(0, span * (0.9 + 0.3 * (number - 1)))
         blow = draw.choice([signal.SIGKILL, signal.SIGTERM])
         status = _wait(child, after)
@@ -90,7 +90,7 @@ def run_until_done(environment: Mapping[str, str], run: str, folder: Path, draw:
 
 
 def read_results(environment: Mapping[str, str], run: str) -> dict[str, Any]:
-    """The manifest of a run that is done."""
+    """The manifest of a finished run."""
     options = StorageOptions(endpoint_url=environment.get("JOB_STORAGE__ENDPOINT_URL"))
     place = join(environment["JOB_RUN__OUTPUT"], run)
     return clouds.in_fork(lambda: parse(read_bytes(open_run(place, options))))

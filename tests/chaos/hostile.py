@@ -1,8 +1,8 @@
-"""`make hostile`: model folders and chat templates as somebody would make them who means harm, or whose disk is full.
+"""`make hostile`: malicious model folders and chat templates, and folders as a full disk leaves them.
 
-What is demanded of every one: the job ends within `SECONDS` with a code of the table that says why, without a
-traceback, without running code of the folder, and within `MEMORY_BYTES`. Where what is hostile is left out by the job
-(`auto_map`), it may also end with 0, with the adapter of the base as it was, byte for byte.
+With each of them the job must end within `SECONDS` and `MEMORY_BYTES`, with a code of the table and the reason, without
+a traceback, and without running code of the folder. If the job ignores the malicious part (`auto_map`), it may also end
+with 0 and the adapter of the original base, byte for byte.
 
 To add one: an entry in `_configs`, `_weights`, `_tokenizers`, `_files` or `TEMPLATES`.
 """
@@ -40,7 +40,7 @@ Change = Callable[[Path], Any]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the job ended: its code (None: it did not), seconds, the broken promise, and the last line of its log."""
+    """How the job ended: its code (None: it did not end), seconds, the violated requirement, its log's last line."""
 
     name: str
     code: int | None
@@ -50,7 +50,7 @@ class Outcome:
 
 
 class _Code:
-    """Pickled, it runs a command when it is read."""
+    """Runs a command when it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -71,7 +71,7 @@ def _write(folder: Path, name: str, data: bytes) -> None:
 
 
 def _index(folder: Path, name: str, place: str | None = None) -> None:
-    """The weights go where an index names them."""
+    """Puts the weights at the path in an index."""
     from safetensors import safe_open
 
     with safe_open(folder / WEIGHTS, framework="np") as file:
@@ -117,7 +117,7 @@ def _auto_map(folder: Path, canary: Path, kind: str = "mistral") -> None:
 
 
 def _no_file(folder: Path, name: str, kind: str) -> None:
-    """What looks like a file of the model, and is none, or never ends."""
+    """Something that looks like a file of the model, but is none, or never ends."""
     path = folder / name
     path.unlink(missing_ok=True)
     if kind == "pipe":
@@ -129,7 +129,7 @@ def _no_file(folder: Path, name: str, kind: str) -> None:
 
 
 def _header(folder: Path, change: Callable[[dict[str, Any]], Any], behind: bytes = b"") -> None:
-    """Another header for the same weights."""
+    """Replaces the header of the weights."""
     data = (folder / WEIGHTS).read_bytes()
     (size,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + size])
@@ -396,7 +396,7 @@ TEMPLATES = {
 
 
 def cases(folder: Path) -> dict[str, Change]:
-    """Name -> what makes a copy of the tiny base hostile; all canaries are one file, `folder / "canary"`."""
+    """Name -> what makes a copy of the tiny base hostile; code that runs would create `folder / "canary"`."""
     canary = folder / "canary"
     templates = {
         f"template: {name}": partial(
@@ -435,14 +435,14 @@ IGNORED = {
     "files: 20,000",
     "files: a folder of templates",
 }
-"""What the job leaves out of what it loads, so that it may also go on."""
+"""Cases whose malicious part the job ignores, so that it may also end with 0."""
 OTHER_ADAPTER = {
     "tokenizer: a slow pattern",
     "tokenizer: an end that is no token",
     "template: draws",  # always the same, see `template_process`
     "weights: integers",  # numbers are converted to the dtype of the run
 }
-"""What makes another tokenizer, text or model, if an odd one: the job may go on, with another adapter."""
+"""Cases that give another valid tokenizer, text or model: the job may end with 0 and another adapter."""
 PLAIN = "the base as it was"
 
 
@@ -476,7 +476,7 @@ def explore(
 ) -> Iterator[Outcome]:
     """Runs the job on each of the named cases."""
     known = {PLAIN: str, **cases(folder)}
-    warm.run(["--version"], environment)  # the server's imports are not on the first case's time
+    warm.run(["--version"], environment)  # so that the first case does not include the server's imports
     if IGNORED & set(names):
         names = [PLAIN, *names]
     right: bytes | None = None
@@ -525,7 +525,7 @@ def _run(name: str, folder: Path, environment: Mapping[str, str], seconds: float
 
 
 def main() -> int:
-    """Tries all of them and prints how each ended; exit code 1 if a promise was broken."""
+    """Tries all of them and prints how each ended; exit code 1 if a requirement was violated."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="part of a name")
     parser.add_argument("--first", type=int, default=0)

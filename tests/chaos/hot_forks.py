@@ -1,8 +1,8 @@
-"""Commands of the job, each in a fork of a process that has carried out the like: a tenth of the time of a cold start.
+"""Commands of the job, forked from a process that has run similar commands: a tenth of the time of a cold start.
 
-What commands import, compile and parse on first use is there already. A fork is still a process, with its own
-environment, signals and exit code, that runs the command line from its first line on. That the job works in a process
-that has done nothing before is for the tests that start it so.
+What commands import, compile and parse on first use is already loaded. A fork is still a process, with its own
+environment, signals and exit code, that runs the command line from its first line on. Other tests start the job in new
+processes.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _PAUSE = 0.01
 
 
 def heat(commands: Sequence[tuple[list[str], Mapping[str, str]]]) -> None:
-    """Imports the heavy libraries and carries out the commands in this process.
+    """Imports the heavy libraries and runs the commands in this process.
 
-    None may train: the threads that autograd starts in a backward pass do not survive a fork, which it then refuses.
+    No command may train: autograd's threads do not survive a fork, and autograd then refuses to run in the fork.
     """
     fork_server.preload()
     from job.cli.main import main
@@ -38,7 +38,7 @@ def heat(commands: Sequence[tuple[list[str], Mapping[str, str]]]) -> None:
             if code != 0:
                 raise AssertionError(f"{words} ended with {code}:\n{log.read()[-3000:]}")
     gc.collect()
-    gc.freeze()  # forks write to the pages of what they do not collect
+    gc.freeze()  # collecting in a fork would write to shared pages
 
 
 def run(words: list[str], environ: Mapping[str, str], *, timeout: float) -> subprocess.CompletedProcess[str]:
@@ -71,7 +71,7 @@ def start(
 
 
 def _be(words: list[str], environ: dict[str, str], output: Path, errors: Path, prepare: Callable[[], object]) -> None:
-    """The fork: the command line, and never a way back to its parent's code."""
+    """The body of the fork: runs the command line, and never returns to the parent's code."""
     code = 1
     try:
         prepare()

@@ -1,9 +1,9 @@
-"""`make chaos-processes`: runs of several processes, of which one is killed, stopped or hangs at a random moment.
+"""`make chaos-processes`: runs of several processes, one of which is killed, stopped or suspended at a random moment.
 
 Every attempt is 2 or 3 processes, forked from this one: with torchrun's variables only (`plain`), by the job's launcher
 (`launcher`), or by the launchers of two machines (`machines`). One process or launcher, drawn at random, gets SIGKILL,
-SIGTERM or SIGSTOP. All others have to end in time, with an exit code that stands for what happened, without a traceback
-and without leaving a process behind. The last attempt is left alone: the run must have the bits of an undisturbed one.
+SIGTERM or SIGSTOP. All others must end in time, with the right exit code, without a traceback and without leaving a
+process behind. The last attempt is not disturbed: the run must have the bits of an undisturbed one.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ LAUNCHERS = {"plain": 2, "plain of three": 3, "launcher": 2, "machines": 2}
 """How processes are started, and how many."""
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)
 LIMITS = {signal.SIGKILL: 45.0, signal.SIGTERM: 45.0, signal.SIGSTOP: 2 * STALL_SECONDS + 90.0}
-"""Seconds in which all others have to end. A store that is stopped is given up after a minute."""
+"""Seconds within which all others must end. They give up on a suspended store after a minute."""
 CODES = {signal.SIGKILL: {1, 69}, signal.SIGTERM: {75, 69}, signal.SIGSTOP: {1, 69, 74}}
-"""Exit codes of the others, besides 0; 69 if the processes had not connected, which is checked."""
+"""Allowed exit codes of the others, in addition to 0; 69 only if the processes had not connected."""
 CONNECTED = "all processes are connected"
 _SUBREAPER = 36
 """PR_SET_CHILD_SUBREAPER of Linux: processes that are left behind become children of this one."""
@@ -53,7 +53,7 @@ _SUBREAPER = 36
 
 @dataclass(frozen=True)
 class Try:
-    """One signal: to which process, in which stage, how the others ended, and what was wrong."""
+    """One signal: the process, the stage, how the others ended, and what was wrong."""
 
     launcher: str
     target: str
@@ -64,7 +64,7 @@ class Try:
 
 
 def main() -> int:
-    """Tries, and prints what came of each; exit code 1 if anything was wrong."""
+    """Tries, and prints each outcome; exit code 1 if anything was wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=40)
     parser.add_argument("--first", type=int, default=0, help="number of the first run, to go on where others ended")
@@ -74,7 +74,7 @@ def main() -> int:
     parser.add_argument("--signal", choices=[number.name for number in SIGNALS], help="only this signal")
     parser.add_argument("--keep", type=Path, help="an empty folder for logs and runs, which are kept")
     chosen = parser.parse_args()
-    preload()  # first of all: it keeps torch from starting threads
+    preload()  # before anything else: it keeps torch from starting threads
     ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
     begun, tries, different = time.monotonic(), [], 0
     with tempfile.TemporaryDirectory(prefix="qlora-job-processes-") as temporary:
@@ -130,7 +130,7 @@ def strike(  # noqa: PLR0917 - what one signal needs to know of its run
         how: The signal.
         draw: Decides to which process and when.
         span: Seconds that an undisturbed run takes.
-        logs: The beginning of the names of the logs.
+        logs: Prefix of the logs' names.
     """
     committed = _newest(environment)
     pids = start(environment, launcher, logs)
@@ -184,7 +184,7 @@ def start(environment: Mapping[str, str], launcher: str, logs: Path) -> list[int
 
 
 def wait(pids: list[int], seconds: float, *, kill: bool = True) -> list[int | None]:
-    """The exit codes, negative for a signal; None for one that has not ended, and is killed if asked for."""
+    """The exit codes, negative for a signal; None for a process that has not ended, which is killed on request."""
     codes: dict[int, int | None] = dict.fromkeys(pids)
     end = time.monotonic() + seconds
     while None in codes.values() and time.monotonic() < end:
@@ -227,7 +227,7 @@ def _fork(environment: Mapping[str, str], log: Path) -> int:
 
 
 class _ForkedWorkers:
-    """In place of torch's context of started processes."""
+    """Replaces torch's context of started processes."""
 
     def __init__(self, place: Place, run: str, environ: Mapping[str, str], log: Path) -> None:
         settings = {name: value for name, value in environ.items() if name.startswith("JOB_")}
@@ -265,7 +265,7 @@ class _ForkedWorkers:
 
 
 def _undisturbed(environment: Mapping[str, str], folder: Path, processes: int) -> tuple[dict[str, str], float]:
-    """What a run that is left alone publishes, and the seconds that it takes."""
+    """What an undisturbed run publishes, and the seconds that it takes."""
     there = {**environment, "JOB_RUN__ID": "whole", "JOB_RUN__OUTPUT": str(folder / "out" / f"whole-{processes}")}
     launcher = "plain" if processes == 2 else "plain of three"
     began = time.monotonic()
@@ -280,7 +280,7 @@ def _undisturbed(environment: Mapping[str, str], folder: Path, processes: int) -
 
 
 def _living(pids: list[int]) -> list[int]:
-    """The processes that may be hit: these and the processes of launchers."""
+    """The processes that may get the signal: these and the processes of launchers."""
     found = []
     for pid in pids:
         with suppress(psutil.NoSuchProcess):
@@ -290,18 +290,18 @@ def _living(pids: list[int]) -> list[int]:
 
 
 def _aim(target: int, pids: list[int]) -> str:
-    """Which process this is, in words: its number among those that were started, or among those of its launcher."""
+    """A description of this process: its number among those that were started, or among those of its launcher."""
     if target in pids:
         return str(pids.index(target))
     try:
         siblings = psutil.Process(psutil.Process(target).ppid()).children()
         return f"process {[process.pid for process in siblings].index(target)} of a launcher"
-    except (psutil.NoSuchProcess, ValueError):  # it has ended since
+    except (psutil.NoSuchProcess, ValueError):  # it has ended in the meantime
         return "a process of a launcher"
 
 
 def _left_behind(target: int) -> list[str]:
-    """Processes that are still there seconds after the end of all others; they are killed. A stopped one may be."""
+    """Processes that still exist seconds after the end of all others, except a stopped one; they are killed."""
     end, orphans = time.monotonic() + 10, list[str]()
     while True:
         with suppress(ChildProcessError):
@@ -325,7 +325,7 @@ def _facts(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _newest(environment: Mapping[str, str]) -> int:
-    """The newest step with a complete checkpoint; once the run is published a number above all."""
+    """The newest step with a complete checkpoint; once the run is published, a larger number than any step."""
     place = Path(environment["JOB_RUN__OUTPUT"]) / environment["JOB_RUN__ID"]
     if (place / "results.json").exists():
         return 1 << 30
@@ -337,7 +337,7 @@ def _logs(logs: Path) -> list[Path]:
 
 
 def _stage(logs: Path) -> str:
-    """The stage that the last line of process 0's log is from."""
+    """The stage in the last line of process 0's log."""
     stage = "start-up"
     for log in _logs(logs):
         for line in log.read_text("utf-8", "replace").splitlines():

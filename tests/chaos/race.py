@@ -1,4 +1,4 @@
-"""Two whole attempts of one run, started within a moment of each other, fifty times: one lineage each time."""
+"""Two whole attempts of one run, started at nearly the same time, fifty times: only one may win each time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.chaos.small import settings
 
 
 def main() -> int:
-    """Runs the races and prints how they went; exit code 1 if one of them had two lineages or another result."""
+    """Runs the races and prints the outcomes; exit code 1 if both attempts wrote, or a result differs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--races", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
@@ -38,7 +38,7 @@ def main() -> int:
         if chosen.store:
             environment |= stack.enter_context(clouds.process(chosen.store))
             environment["JOB_RUN__OUTPUT"] = f"{clouds.place(chosen.store)}/out"
-        race(environment, "warm-up", folder, 0.0)  # leaves the base's scores, which all races share
+        race(environment, "warm-up", folder, 0.0)  # leaves the base's scores in place, which all races share
         began = time.monotonic()
         _, facts, _ = race(environment, "measured", folder, 0.0)
         span = time.monotonic() - began
@@ -60,9 +60,9 @@ def race(environment: dict[str, str], run: str, folder: Path, delay: float) -> t
     """Two attempts, the second `delay` seconds later.
 
     Returns:
-        Their exit codes; the published facts; and whether all that was published is of one lineage: the attempt that
-        wrote the manifest holds the lease, or its successor does, which found the run complete; and no checkpoint is of
-        anybody who is not in the ledger. An attempt that was replaced before it did anything is in no book.
+        Their exit codes; the published facts; and whether only one attempt's files were published: the lease is held by
+        the attempt that wrote the manifest, or by its successor, which found the run complete; and every checkpoint is
+        of an attempt in the run log. An attempt that was replaced before it did anything is not in the log.
     """
     children, logs = [], [folder / f"{run}-{number}.log" for number in range(2)]
     for number, log in enumerate(logs):

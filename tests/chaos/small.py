@@ -1,4 +1,4 @@
-"""The configuration that chaos is let loose on: small, with everything in it that has to be exact."""
+"""The configurations for `make chaos`: small, with everything whose resume has to be exact."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.helpers import alpaca_rows, arc_rows, fill_adapter, make_base, make_m
 def settings(folder: Path, *, rows: int = 40, questions: int = 40) -> dict[str, str]:
     """Writes model and data below `folder`; returns the environment of a run on them.
 
-    NF4, dropout, 8-bit Adam, 20 steps in two epochs, a checkpoint every third step, several rows of questions.
+    NF4, dropout, 8-bit Adam, 20 steps in two epochs, a checkpoint every third step, several sequences of questions.
     """
     if not (folder / "base").exists():
         (folder / "base").mkdir()
@@ -43,8 +43,8 @@ def settings(folder: Path, *, rows: int = 40, questions: int = 40) -> dict[str, 
 def validation(folder: Path) -> dict[str, str]:
     """Writes rows for validation; returns what a run adds to `settings` that stops early and keeps the best adapter.
 
-    The answers are wrong ones in the right form: learning the form lowers their loss, learning the answers raises it.
-    A checkpoint comes every third step and a validation every second one, so most kills fall between the two.
+    The answers have the right form, but are wrong: learning the form lowers their loss, learning the answers raises it.
+    A checkpoint comes every third step and a validation every second one, so most kills are between the two.
     """
     rows = [row | {"output": f"It is {97 * n % 61}."} for n, row in enumerate(alpaca_rows(16))]
     return {
@@ -83,7 +83,7 @@ def preferences(folder: Path) -> dict[str, str]:
 
 
 def _of_other_method(method: str) -> Callable[[Path], dict[str, str]]:
-    """`preferences` by another method."""
+    """As `preferences`, by another method."""
 
     def make(folder: Path) -> dict[str, str]:
         rows = "labelled.jsonl" if method == "kto" else "pairs.jsonl"
@@ -117,13 +117,13 @@ CHAT = (
     "{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-"""A chat template with tools, and with marks around what the assistant says."""
+"""A chat template with tools, and with generation marks around the assistant's text."""
 UNMARKED = CHAT.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 """The same without marks: the assistant's turns are found by comparing renderings."""
 
 
 def _chat(template: str, loss_on: str) -> Callable[[Path], dict[str, str]]:
-    """Two sources, the second used half: OpenAI's lines with weights and tools, and ShareGPT's; long ones are cut."""
+    """Two sources, half of the second: OpenAI's rows with weights and tools, and ShareGPT's; long ones truncated."""
 
     def make(folder: Path) -> dict[str, str]:
         place = folder / f"{'marked' if template == CHAT else 'unmarked'}-base"
@@ -166,7 +166,7 @@ def _split_texts(folder: Path) -> dict[str, str]:
 
 
 def _from_an_adapter(folder: Path) -> dict[str, str]:
-    """IPO, from an adapter that is there already."""
+    """IPO, starting from an existing adapter."""
     from job.model.adapter_files import save_adapter
     from job.model.published_names import PublishedNames
 
@@ -196,7 +196,7 @@ def _lora(**given: str) -> Callable[[Path], dict[str, str]]:
 
 
 def _mixture(folder: Path) -> dict[str, str]:
-    """A mixture of experts in place of the base, with adapters of experts, which get no dropout."""
+    """A mixture of experts as base, with adapters on the experts, which get no dropout."""
     from transformers import AutoConfig, MixtralConfig, MixtralForCausalLM
 
     plain = AutoConfig.from_pretrained(folder / "base")

@@ -1,8 +1,8 @@
-"""`make standstill`: an attempt stands still right before it changes the store, its successor ends the run, it goes on.
+"""`make standstill`: an attempt is suspended right before a write, its successor finishes the run, then it continues.
 
-It stops after the fence has let it through, at every kind of change that an undisturbed run makes. What is demanded:
-the successor's run verifies and is that of the undisturbed run to the bit, and the old attempt ends as replaced (76),
-or with 0 where the run was complete already.
+It is suspended after it has passed the fence, at every kind of write that an undisturbed run makes. The successor's run
+must verify and equal the undisturbed run bit by bit, and the old attempt must end as replaced (76), or with 0 if the
+run was already complete.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _RUN = "run"
 
 
 def watch_changes(then: Callable[[str, str], object]) -> None:
-    """Has `then(verb, key)` called in this process when the fence has let a change through, before it is made."""
+    """Makes this process call `then(verb, key)` after a write has passed the fence, before it is made."""
     original: Any = lease._FencedStore.around
 
     @contextmanager
@@ -50,7 +50,7 @@ def watch_changes(then: Callable[[str, str], object]) -> None:
 
 
 def stop_at(change: str, number: int) -> Callable[[], None]:
-    """What has this process stand still at the change of this kind with this number, from 1."""
+    """Suspends this process at the write of this kind with this number, from 1."""
     seen = 0
 
     def then(verb: str, key: str) -> None:
@@ -63,12 +63,12 @@ def stop_at(change: str, number: int) -> Callable[[], None]:
 
 
 def kind(verb: str, key: str) -> str:
-    """A change, with a star for every number or hash in its key."""
+    """The kind of a write: a star replaces every number or hash in its key."""
     return f"{verb} {re.sub(r'[0-9a-f]{12,}|[0-9]+', '*', key)}"
 
 
 def recorded(environ: Mapping[str, str], folder: Path) -> list[str]:
-    """The changes of an undisturbed run, in their order."""
+    """The writes of an undisturbed run, in order."""
     log = folder / "changes"
 
     def note(verb: str, key: str) -> None:
@@ -86,17 +86,17 @@ def _expect(code: int, found: int, folder: Path) -> None:
 
 
 def try_one(environ: Mapping[str, str], folder: Path, change: str, number: int, expected: Mapping[str, str]) -> str:
-    """One attempt stands still there, the next one ends the run; returns what was broken, empty for nothing."""
+    """Suspends one attempt there, and lets the next one finish the run; returns the violation, empty for none."""
     folder.mkdir()
     begun = time.monotonic()
     old = hot_forks.start([], environ, folder / "old-output", folder / "old-errors", stop_at(change, number))
     status = os.waitpid(old, os.WUNTRACED)[1]
-    if not os.WIFSTOPPED(status):  # how many notes an attempt writes depends on the machine's speed
+    if not os.WIFSTOPPED(status):  # the number of an attempt's progress records depends on the machine's speed
         code = os.waitstatus_to_exitcode(status)
         print(f"{change} {number}: ended with {code} before it came there", flush=True)
         return "" if code == 0 else f"ended with {code}"
     where = f"{environ['JOB_RUN__OUTPUT']}/{_RUN}"
-    # The last note of an attempt follows its manifest: a successor then finds a complete run, and replaces nobody.
+    # The last record of an attempt follows its manifest: a successor then finds a complete run, and replaces nobody.
     complete = clouds.in_fork(lambda: _is_complete(where, environ))
     successor = hot_forks.run([], environ, timeout=SECONDS)
     os.kill(old, signal.SIGCONT)
@@ -125,13 +125,13 @@ def _facts(where: str, environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _reading(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment without what only a run takes."""
+    """The environment without variables that only `run` accepts."""
     storage = ("JOB_STORAGE__", "JOB_LOG__")
     return {name: value for name, value in environ.items() if not name.startswith("JOB_") or name.startswith(storage)}
 
 
 def main() -> int:
-    """Tries, and prints what came of each; exit code 1 if a promise was broken."""
+    """Tries, and prints each outcome; exit code 1 if a requirement was violated."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--store", choices=clouds.SCHEMES, help="the runs lie in an imitation of this store")
     parser.add_argument("--first", type=int, default=0, help="number of the first kind of change")

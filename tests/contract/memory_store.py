@@ -1,4 +1,4 @@
-"""A store added by the steps in `job/storage/base.py`: one class, one line in the table (which the test enters)."""
+"""A store added by the steps in `job/storage/base.py`: one class, and one line in the table, which the test adds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LOCK = Lock()
 
 
 class MemoryStore:
-    """An `ObjectStore` in this process; a tag is the content's SHA-256."""
+    """An `ObjectStore` in the memory of this process; a tag is the content's SHA-256."""
 
     def __init__(self, uri: str, objects: dict[str, bytes], prefix: str) -> None:
         self.uri, self._objects, self._root = uri, objects, f"{prefix}/" if prefix else ""

@@ -1,4 +1,4 @@
-"""Each cloud's store behind a proxy that spoils answers: an error of the job or the truth, in bounded time."""
+"""Each cloud store behind a proxy that corrupts answers: a JobError or the right result, in bounded time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LARGE = bytes(range(256)) * 4096 * 5
 
 
 def tell(attempt: Callable[[], object]) -> object:
-    """What a verb returned, or its error where that is one that a spoiled answer may have."""
+    """What a verb returned, or its error if a corrupted answer may cause that error."""
     try:
         return attempt()
     except (Unreachable, Conflict, TooLarge) as error:
@@ -36,7 +36,7 @@ def tell(attempt: Callable[[], object]) -> object:
 def test_spoiled_answers(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, ways: tuple[str, ...], share: float
 ) -> None:
-    """Contents, absence and listings are told as they are or not at all, and what was written is there."""
+    """Contents, missing objects and listings are reported correctly or not at all, and what was written exists."""
     if kind == "s3" and ways == DAMAGES:
         ways = ("other tag",)  # servers with S3's API may send no checksums: records have seals, artifacts hashes
     monkeypatch.setattr(job.storage.base, "PAUSES", (0.01,) * 4)

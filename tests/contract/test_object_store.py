@@ -1,4 +1,4 @@
-"""What every object store promises: one class of tests over every store in the table, and one added to it here.
+"""The contract of every object store: one class of tests for all stores of the table, and for one added here.
 
 A store of the table is tested in an empty place: one that `PLACES` makes, or the one that `CONTRACT_<SCHEME>` names.
 """

@@ -1,11 +1,11 @@
-"""One family beside plain PEFT and the model's own eager attention: right, refused, or wrong.
+"""Compares one family with plain PEFT and the model's own eager attention: right, refused, or wrong.
 
-How far two right computations may be apart is measured, not chosen. The plain computation is repeated with every
+The tolerance between two right computations is measured, not chosen. The plain computation is repeated with every
 weight of the base changed by one rounding (a factor of 1 +- 2^-23, the sign drawn). By backward error analysis a
 computed inner product of n terms is the exact one of numbers changed by about sqrt(n) roundings (Higham, Accuracy and
-Stability of Numerical Algorithms, 2nd ed., sections 2.8 and 3.1), so two computations in another order may be apart by
-sqrt(n) times what one rounding does. What layers, routers and steps of Adam blow up, they blow up in both. Where a
-rounding of the results explains the difference already, the plain computation is not repeated.
+Stability of Numerical Algorithms, 2nd ed., sections 2.8 and 3.1), so two computations in another order may differ by
+sqrt(n) times the effect of one rounding. Layers, routers and steps of Adam amplify both alike. If rounding of the
+results already explains the difference, the plain computation is not repeated.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ Outcome = Literal["packed", "one by one", "refused", "WRONG", "FAILED", "not bui
 STEPS = 4
 RATE = 1e-3
 EPSILON = 2.0**-23
-"""Spacing of the fp32 numbers at 1."""
+"""Spacing of fp32 numbers at 1."""
 TERMS = VOCABULARY
-"""Most products that are added up to one number in a tiny model: in the softmax over its vocabulary."""
+"""The largest number of terms in a sum in a tiny model: the softmax over its vocabulary."""
 SAFETY = 4
-"""The noise is one draw, and each result has several roundings of its own (exponentials, norms)."""
+"""A safety factor: the noise is a single draw, and each result has several further roundings (exponentials, norms)."""
 MOST_TOLERANCE = 2e-3
-"""Whatever the noise: what is wrong was never closer than 4e-3 (log-likelihoods of a mamba whose state runs on into the
-next example). A model in which rounding may explain more cannot show that, and fails until it has a milder
-configuration in `models.SPECIAL`: its figures are not called right, nor wrong."""
+"""Upper limit of the tolerance: the smallest error of a wrong computation was 4e-3 (log-likelihoods of a mamba whose
+state continues into the next example). If rounding may explain more, right and wrong cannot be distinguished, and the
+model fails until `models.SPECIAL` has a configuration with less rounding."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a family, why in words, and the largest differences of loss and of log-likelihood.
+    """The verdict on a family, the reason, and the largest differences of loss and of log-likelihood.
 
-    The tolerances are those that the measured noise gives.
+    The tolerances follow from the measured noise.
     """
 
     family: str
@@ -66,7 +66,7 @@ class Figures:
 
 
 def check(family: str, tokenizer: Any, **changes: Any) -> Verdict:
-    """Makes a tiny model of the family, and trains and asks it in the job's way and in the plain one."""
+    """Makes a tiny model of the family, and trains and scores it by the job and by the plain computation."""
     folder = Path(tempfile.mkdtemp(prefix="family-"))
     try:
         try:
@@ -77,7 +77,7 @@ def check(family: str, tokenizer: Any, **changes: Any) -> Verdict:
                 or (verdict := _judge(family, folder, tokenizer)).outcome != "refused"
             ):
                 return Verdict(family, "not built", _first(error))
-            return verdict  # nobody can build it: that the job says so is right
+            return verdict  # the model cannot be built at all, so the job's refusal is right
         return _judge(family, folder, tokenizer)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -123,7 +123,7 @@ def _judge(family: str, folder: Path, tokenizer: Any) -> Verdict:
             "the scores of the adapter that PEFT loads": (again, found.adapter),
         }
         explained = {name: _explained(EPSILON * max(map(abs, one))) for name, (_, one) in pairs.items()}
-        if any(not _apart(*pairs[name]) <= explained[name] for name in pairs):  # rounding of the results is not enough
+        if any(not _apart(*pairs[name]) <= explained[name] for name in pairs):  # rounding does not explain it
             noise = plain(folder, model, start, examples, questions, perturbed=1)
             moved = [
                 _apart(noise.base, expected.base),
@@ -144,7 +144,7 @@ def _judge(family: str, folder: Path, tokenizer: Any) -> Verdict:
 def _outcome(
     apart: Mapping[str, float], explained: Mapping[str, float], *, packed: bool, why: str
 ) -> tuple[Outcome, str]:
-    """What differences mean, beside how far right results may be apart by rounding.
+    """The verdict for these differences, given what rounding explains.
 
     Args:
         apart: The largest difference of each figure.
@@ -185,7 +185,7 @@ def load(folder: Path, examples: list[Example]) -> tuple[Any, str, bool]:
 
 
 def ours(model: Any, tokenizer: Any, examples: list[Example], questions: list[Question]) -> Figures:
-    """What the job computes."""
+    """The job's figures."""
     from job.evaluation.scoring import score_sequence
     from job.model.lora import adapter_off
     from job.training.config import Hooks, Recipe
@@ -211,7 +211,7 @@ def ours(model: Any, tokenizer: Any, examples: list[Example], questions: list[Qu
         optimizer="adamw_torch",
         save_every_steps=1000,
     )
-    plan = prepare(  # as the job has it: activations of most families are computed again in the backward pass
+    plan = prepare(  # as in the job: activations of most families are recomputed in the backward pass
         model,
         [len(example.input_ids) for example in examples],
         global_batch_size=recipe.global_batch_size,
@@ -249,11 +249,11 @@ def plain(
 
     Args:
         folder: The base.
-        model: What the job trained: its targets are taken.
+        model: The job's trained model, whose target modules are used.
         start: The adapter's initial weights.
         examples: To train on.
         questions: To ask.
-        perturbed: A seed by which every weight of the base is changed by one rounding, up or down.
+        perturbed: A seed, by which every weight of the base is changed by one rounding, up or down.
     """
     import torch
     from peft import LoraConfig, get_peft_model
@@ -282,7 +282,7 @@ def plain(
             lora_alpha=8,
             target_modules=find_targets(base),
             exclude_modules=same.exclude_modules,
-            fan_in_fan_out=same.fan_in_fan_out,  # GPT-2's layers: PEFT warns where it is not given
+            fan_in_fan_out=same.fan_in_fan_out,  # GPT-2's layers: PEFT warns if it is not given
             task_type="CAUSAL_LM",
         ),
     )
@@ -317,7 +317,7 @@ def plain(
 
 
 def reloaded(folder: Path, architecture: str, questions: list[Question]) -> list[float]:
-    """Scores with the adapter that the job saved, loaded by plain PEFT into the class that readers load."""
+    """Scores with the adapter that the job saved, loaded by plain PEFT into the class that users load."""
     import torch
     import transformers
     from peft import PeftModel
@@ -328,7 +328,7 @@ def reloaded(folder: Path, architecture: str, questions: list[Question]) -> list
 
 
 def score(model: Any, questions: list[Question]) -> list[float]:
-    """The log-likelihood of every choice, each by a forward pass of its own."""
+    """The log-likelihood of every choice, each by a separate forward pass."""
     import torch
 
     model.eval()
@@ -349,11 +349,11 @@ def _logits(model: Any, ids: Sequence[int]) -> Any:
 
 
 def _apart(one: Sequence[float], other: Sequence[float]) -> float:
-    """The largest difference; infinite where a number is not finite."""
+    """The largest difference; infinite if a number is not finite."""
     errors = [abs(a - b) for a, b in zip(one, other, strict=True)]
     return max(error if math.isfinite(error) else math.inf for error in errors)
 
 
 def _explained(noise: float) -> float:
-    """How far right results may be apart, from what one rounding does."""
+    """The tolerance, from the effect of one rounding."""
     return SAFETY * math.sqrt(TERMS) * noise

@@ -1,6 +1,6 @@
-"""A tiny random model of any causal family that the installed transformers knows, built from its default configuration.
+"""A tiny random model of any causal family of the installed transformers, built from its default configuration.
 
-Numbers are made small by their names. What a family wants beside that stands in `SPECIAL`, a line each.
+Sizes are made small by their names. Other requirements of a family are in `SPECIAL`, one line each.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("hidden_size_per_layer_input",), 16),
     "initializer_range": 0.1,
 }
-"""Sizes by name; a name that a configuration does not have, or has as None, is left."""
+"""Small sizes by name; names that a configuration lacks, or has as None, are skipped."""
 TOKENS = {"pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1}
 
 LAYERS = 4
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 _GEMMA4 = {"head_dim": 16, "global_head_dim": 16}
-"""Gemma 4 does not divide scores by the root of the head size but learns norms of queries and keys that make up for it.
-With random norms and its heads of 256 and 512, scores have a standard deviation of 16 to 23, most queries see one token
-alone, and rounding grows so much that nothing can be compared."""
+"""Gemma 4 does not divide scores by the root of the head size, but learns norms of queries and keys. With random
+norms and its heads of 256 and 512, scores have a standard deviation of 16 to 23, most queries attend to a single token,
+and rounding grows so much that results cannot be compared."""
 _SHARED = {"num_kv_shared_layers": LAYERS, "num_hidden_layers": LAYERS}
-"""A helper of another model's generation has no keys and values of its own."""
+"""An assistant model for another model's generation, without keys and values of its own."""
 _LEFT: dict[str, Any] = {"head_dim": None}
-"""For classes that have no such argument, or a property in its place."""
+"""For classes without such an argument, or with a property instead."""
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {**_MAMBA, "attn_layer_indices": [1, 3]},
     "blt": {"encoder_hash_byte_group_vocab": 100, "encoder_hash_byte_group_size": [3], "cross_attn_k": 2},
@@ -119,11 +119,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     | {"num_key_value_heads": 4, "kv_channels": 16, "num_query_groups": 4, "hybrid_layer_ids": [1, 3]},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16, "layer_types": ["hybrid"] * 4},
 }
-"""What a family wants beside small numbers; None leaves an argument out."""
+"""Requirements of a family in addition to small sizes; None leaves an argument out."""
 
 _EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
 _KEYS_AS_VALUES = {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
-"""Layers without a window have no projection of values: the keys, before their norm, are the values."""
+"""Layers without a window have no value projection: the keys, before their norm, are the values."""
 _PLAIN = {**_GEMMA4, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4 (experts, keys as values)": ("gemma4", {"text_config": {**_PLAIN, **_EXPERTS, **_KEYS_AS_VALUES}}),
@@ -132,11 +132,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4_text (keys as values)": ("gemma4_text", {**_PLAIN, **_KEYS_AS_VALUES}),
     "gemma4_unified_text (keys as values)": ("gemma4_unified_text", {**_GEMMA4, **_KEYS_AS_VALUES}),
 }
-"""Name -> type of model and what it wants: parts of a family that only some of its checkpoints have."""
+"""Name -> model type and arguments: parts of a family that only some of its checkpoints have."""
 
 
 def tiny_config(family: str) -> Any:
-    """The configuration of a family or a variant, small."""
+    """A small configuration of a family or a variant."""
     from transformers import CONFIG_MAPPING
 
     model_type, special = VARIANTS.get(family, (family, SPECIAL.get(family, {})))
@@ -165,7 +165,7 @@ def _shrunk(kind: Any, model_type: str, special: dict[str, Any]) -> dict[str, An
         if kinds := list(dict.fromkeys(_value(defaults, name) or [])):
             given[name] = [kinds[layer % len(kinds)] for layer in range(LAYERS)]
     if "qk_rope_head_dim" in given:
-        given |= {"head_dim": None, "num_key_value_heads": 4}  # these work it out, and share no heads
+        given |= {"head_dim": None, "num_key_value_heads": 4}  # these derive it, and share no heads
     for name, value in special.items():
         part = name in (getattr(kind, "sub_configs", None) or {})
         given[name] = given[name] | value if part and isinstance(given.get(name), dict) else value
@@ -182,7 +182,7 @@ def _defaults(kind: Any, model_type: str) -> Any:
 
 
 def _value(config: Any, name: str) -> Any:
-    """An attribute; None where it is not there, or another one in each layer."""
+    """An attribute; None if it is missing, or differs between layers."""
     try:
         return getattr(config, name, None)
     except Exception:  # noqa: BLE001 - of a stranger's property
@@ -192,7 +192,7 @@ def _value(config: Any, name: str) -> Any:
 def make_model(family: str, folder: Path, **changes: Any) -> None:
     """Writes a random model of the family or variant: with all its parts, as its checkpoints are published.
 
-    Where its class cannot be built, the configuration is there.
+    If its class cannot be built, only the configuration is written.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -205,7 +205,7 @@ def make_model(family: str, folder: Path, **changes: Any) -> None:
     whole = type(config) in AutoModelForImageTextToText._model_mapping
     kind = AutoModelForImageTextToText if whole else AutoModelForCausalLM
     model = kind.from_config(config, attn_implementation="eager")
-    with torch.no_grad():  # some classes begin with zeros or equal numbers, under which errors hide
+    with torch.no_grad():  # some classes initialize with zeros or equal numbers, which hide errors
         for parameter in model.parameters():
             if parameter.ndim == 1 and float(parameter.float().std(correction=0)) == 0:
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -213,7 +213,7 @@ def make_model(family: str, folder: Path, **changes: Any) -> None:
 
 
 def families() -> list[str]:
-    """All types of models of which the installed transformers has a causal language model, and the variants."""
+    """All model types with a causal language model in the installed transformers, and the variants."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS]

@@ -1,9 +1,9 @@
-"""Goes over every causal family of the installed transformers, prints what came of each, and keeps the table.
+"""Checks every causal family of the installed transformers, prints each verdict, and writes the table.
 
-Run by `make families`; ends with 1 where one is wrong or fails. Each verdict is written to a journal at once, which is
-named after the code that made it: a run that was ended (`--minutes 8`) goes on where it stopped, a run of other code
-begins anew, and the table is written when all families are in one journal. Names of families as arguments: only those
-are checked, and nothing is kept. `--jobs 8` checks in so many processes.
+Run by `make families`; ends with 1 if a family is wrong or fails. Each verdict is written at once to a journal, whose
+name has a hash of the code: a run that was stopped (`--minutes 8`) continues, other code begins a new journal, and the
+table is written when a journal has all families. With names of families as arguments only those are checked, and
+nothing is written. `--jobs 8` uses 8 processes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BAD = ("WRONG", "FAILED")
 
 
 def main() -> int:
-    """Checks the families, all of them where none is named."""
+    """Checks the named families, or all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no family after so long")
@@ -93,7 +93,7 @@ def _tokenizer() -> Any:
 
 
 def _code(version: str) -> str:
-    """A hash of all code that a verdict depends on."""
+    """A hash of all code that verdicts depend on."""
     total = hashlib.sha256(version.encode())
     for path in sorted([*(ROOT / "job").rglob("*.py"), *Path(__file__).parent.glob("*.py"), ROOT / "tests/helpers.py"]):
         total.update(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Families that stand for the others: right packed, right one by one; `make families` goes over all of them."""
+"""A few representative model families, packed and one by one; `make families` checks all of them."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""What only a GPU can show, as a script: `python tests/gpu/check.py` prints one JSON line a finding.
+"""Checks that need a GPU, as a script: `python tests/gpu/check.py` prints one JSON line per finding.
 
-The variable-length kernel and those of long rows against a plain reference; killed and resumed runs against whole ones,
-with long rows too; FP8 with any number of tokens, with dropout in CUDA graphs, and with a base that is not on the GPU;
+The variable-length kernel and those of long rows compared with a simple reference; killed and resumed runs compared
+with uninterrupted ones, with long rows too; FP8 with any number of tokens, with dropout in CUDA graphs, and with a base
+that is not on the GPU;
 speed and memory of training and scoring on a random model of Mistral-7B's shape. Token lengths may be given as a JSON
-list in the file that GPU_LENGTHS names. `python tests/gpu/check.py --tiny fp8` rehearses the part on a CPU.
+list in the file that GPU_LENGTHS names. `python tests/gpu/check.py --tiny fp8` tries the part itself on a CPU.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def say(what: str, **figures: Any) -> None:
 
 
 def kernel() -> None:
-    """The kernel agrees with the reference, forwards and backwards, with shared prefixes and grouped heads."""
+    """The kernel agrees with the reference, forward and backward, with shared prefixes and grouped heads."""
     layouts = {
         "segments": [Segment(0, 100), Segment(100, 357), Segment(357, 400)],
         "prefixes": [Segment(0, 100), Segment(100, 110, 0, 100), Segment(110, 111, 0, 100), Segment(111, 400)],
@@ -85,7 +86,7 @@ def kernel() -> None:
 
 
 def long_kernel() -> None:
-    """The kernels of long rows beside fp32: errors, relative, of the output and of the three gradients; repeated."""
+    """The kernels of long rows compared with fp32: relative errors of output and gradients; repeated."""
     for tokens, size, segments, window in (
         (4000, 128, [(0, 4000)], None),
         (4000, 64, [(0, 4000)], None),
@@ -125,7 +126,7 @@ def examples(count: int, vocabulary: int) -> list[Example]:
 
 
 def shape(folder: Path, **sizes: int) -> Path:
-    """A random Mistral of the given sizes, saved in bf16; and its tokenizer is not needed."""
+    """A random Mistral of the given sizes, saved in bf16, without a tokenizer."""
     from transformers import MistralConfig, MistralForCausalLM
 
     config = MistralConfig(**sizes, num_key_value_heads=sizes["num_attention_heads"] // 4, sliding_window=4096)
@@ -141,7 +142,7 @@ def shape(folder: Path, **sizes: int) -> Path:
 
 
 def load(folder: Path, dropout: float, place: str = "gpu") -> Any:
-    """Loaded as the job loads it."""
+    """Loads the model as the job does."""
     base = load_base(
         folder,
         quantization="nf4",
@@ -183,7 +184,7 @@ def go(
     resume: Path | None = None,
     plan: ExecutionPlan | None = None,
 ) -> Any:
-    """Trains, by PEFT's own layers unless a plan is given; returns what train returns, and the saved states."""
+    """Trains, with PEFT's own layers unless a plan is given; returns the result of `train`, and the saved states."""
     from tokenizers import Tokenizer as Fast
     from tokenizers import models
     from transformers import PreTrainedTokenizerFast
@@ -209,7 +210,7 @@ def go(
 
 
 def exactness(folder: Path) -> None:
-    """A stopped and resumed run ends with the bits of a whole one."""
+    """A stopped and resumed run ends with the bits of an uninterrupted one."""
     small = shape(
         folder / "small",
         vocab_size=1000,
@@ -232,7 +233,7 @@ def exactness(folder: Path) -> None:
 
 
 def long_rows(folder: Path) -> None:
-    """The same with rows of more than 16,384 tokens, prepared as the job does it; with other places when resumed."""
+    """The same with rows of more than 16,384 tokens, prepared as by the job; resumed with other placement."""
     small = shape(
         folder / "long",
         vocab_size=1000,
@@ -279,7 +280,7 @@ def long_rows(folder: Path) -> None:
 
 
 def fp8_tokens() -> None:
-    """Products of any number of tokens have the numbers that a CPU computes, up to the order of the sums; repeated."""
+    """Products of any number of tokens equal those of a CPU, up to the order of the sums; repeated."""
     quantize = kernels.TORCH.quantize if TINY else kernels.triton().quantize
     torch.manual_seed(0)
     weight = torch.randn(256, 512, device=DEVICE, dtype=torch.bfloat16) / 512**0.5
@@ -295,7 +296,7 @@ def fp8_tokens() -> None:
 
 
 def fp8_ways(folder: Path) -> None:
-    """Runs in FP8 with dropout end with one adapter, however they are carried out; so do those on unpadded sequences.
+    """Runs in FP8 with dropout give the same adapter, however they are carried out; so do those on unpadded sequences.
 
     Recorded as CUDA graphs, launched one by one, resumed; with the base in main memory, and sharded over one process.
     """
@@ -349,7 +350,7 @@ def fp8_ways(folder: Path) -> None:
 
 
 def fp8_part(folder: Path) -> None:
-    """FP8 as it is used on a GPU."""
+    """FP8 as used on a GPU."""
     fp8_tokens()
     fp8_ways(folder)
 
@@ -411,7 +412,7 @@ def speed(folder: Path) -> None:
 
 
 def energy() -> None:
-    """The meter counts while the GPU works."""
+    """The energy counter increases while the GPU works."""
     joules, began = open_meter(visible_gpus()), time.monotonic()
     big = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
     while time.monotonic() - began < 5:
@@ -422,7 +423,7 @@ def energy() -> None:
 
 
 def main() -> int:
-    """Runs the parts that were named, or all."""
+    """Runs the named parts, or all."""
     make_deterministic()
     gpu = "none" if TINY else torch.cuda.get_device_name()
     say("machine", gpu=gpu, torch=torch.__version__, cuda=torch.version.cuda)
@@ -440,7 +441,7 @@ def main() -> int:
             try:
                 parts[name](Path(folder))
             except RuntimeError as error:
-                # The line that raises an error of CUDA need not be the one that made it: once more, waiting each time.
+                # CUDA reports errors asynchronously: run again with synchronization, to find the call that failed.
                 if TINY or "CUDA_LAUNCH_BLOCKING" in os.environ:
                     raise
                 traceback.print_exc()

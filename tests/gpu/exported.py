@@ -3,7 +3,7 @@
 The demo, or with files a slice of the reference recipe on the real small model of tests/bench/real_model.py, is trained
 without exports, and trained with them; then the first run is exported into a third, which is killed while it copies,
 when it begins to export, and while it publishes. The second and the third have the same artifacts, bit by bit. Prints
-JSON lines; ends with 1 where they differ or a run fails. On one H200 73 s, with files 126 s.
+JSON lines; ends with 1 if they differ or a run fails. On one H200 73 s, with files 126 s.
 """
 
 from __future__ import annotations

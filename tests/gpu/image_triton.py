@@ -1,10 +1,10 @@
-"""Whether Triton runs in the image, as a script: `python tests/gpu/image_triton.py KIT` prints one JSON line a finding.
+"""Whether Triton runs in the image, as a script: `python tests/gpu/image_triton.py KIT` prints JSON lines.
 
-Takes the files of tests/gpu/image_triton_kit.py to a GPU and uses them as the image does: the image's entrypoint copies
+Uses the files of tests/gpu/image_triton_kit.py on a GPU as the image does: the image's entrypoint copies
 them into Triton's cache, PATH has no compiler, and the job chooses its kernels. For each Triton in the kit: with the
 image's files the job's kernels run and agree with torch; without a file, and with one that cannot be loaded, torch's
-own operations take their place and a log line says so. `--tiny` plays it on a CPU with a pretended `nvidia-smi`; Triton
-cannot run there, so torch's are expected.
+own operations are used and a log line says so. `--tiny` tries the script itself on a CPU with a fake `nvidia-smi`;
+Triton cannot run there, so torch's operations are expected.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NO_GPU = "#!/bin/bash\n[ $# = 0 ] && echo 'CUDA Version: 13.0' || echo '9.0, NVI
 
 
 def child(device: str) -> None:
-    """In the place of the job: chooses the kernels, runs them, and prints what they were and how far off from fp32."""
+    """Runs in place of the job: chooses the kernels, runs them, and prints their names and their errors to fp32."""
     import torch
 
     from job import log
@@ -60,7 +60,7 @@ def child(device: str) -> None:
 
 
 def start(work: Path, files: Path | None, site: Path | None, kit: Path, *, tiny: bool) -> tuple[dict[str, object], str]:
-    """The entrypoint with these files beside it, without a compiler on PATH: what the child found, and its log."""
+    """Runs the entrypoint with these files next to it, without a compiler; returns the child's findings and log."""
     image, tools = work / "opt", work / "bin"
     for folder in (image / "triton", tools, work / "home"):
         folder.mkdir(parents=True)
@@ -100,7 +100,7 @@ def start(work: Path, files: Path | None, site: Path | None, kit: Path, *, tiny:
 
 
 def bundled_ptxas() -> str | None:
-    """The assembler of this machine's Triton: the kit carries none."""
+    """The assembler of this machine's Triton: the kit does not contain one."""
     from importlib.util import find_spec
 
     spec = find_spec("triton")

@@ -1,9 +1,9 @@
-"""Makes the files that tests/gpu/image_triton.py takes to a GPU: `python image_triton_kit.py SITE KIT [--whole]`.
+"""Makes the files for tests/gpu/image_triton.py: `python image_triton_kit.py SITE KIT [--whole]`.
 
 SITE is a folder with an unpacked Triton; this Python's version and libc must be those of the GPU machine. The
-Dockerfile's own step is run on it, with other folders. Triton up to 3.6 also compiles a launcher for each kernel at run
-time, where the image's (3.7) compiles one file for all: for 3.6 the launchers of the job's kernels are compiled beside
-it, linked the same way. With --whole Triton itself goes into the kit (37 MB: stripped, compressed, without profiler and
+Dockerfile's own step is run in other folders. Triton up to 3.6 also compiles a launcher for each kernel at run time,
+where the image's (3.7) compiles one file for all: for 3.6 the launchers of the job's kernels are compiled beside it,
+linked the same way. With --whole Triton itself goes into the kit (37 MB: stripped, compressed, without profiler and
 assembler), for a machine that has another version.
 """
 
@@ -58,7 +58,7 @@ def step(site: Path, out: Path, build: Path) -> str:
 
 
 def pack(site: Path, out: Path) -> None:
-    """Triton itself, as small as it gets: `site` and libtriton.so.xz in OUT."""
+    """Packs Triton itself, as small as possible: `site` and libtriton.so.xz in OUT."""
     unused = shutil.ignore_patterns(
         "profiler", "cupti", "bin", "hip", "plugins", "FileCheck", "__pycache__", "*.so", "*.a", "*.lib"
     )
@@ -76,7 +76,7 @@ def pack(site: Path, out: Path) -> None:
 
 
 def main() -> None:
-    """Makes KIT/<version of Triton>/triton, and what was asked for beside it."""
+    """Makes KIT/<version of Triton>/triton, and the requested files next to it."""
     site, kit = (Path(argument).resolve() for argument in sys.argv[1:3])
     version = re.search(r"__version__ = '(.+)'", (site / "triton/__init__.py").read_text(encoding="utf-8")).group(1)  # type: ignore[union-attr]
     out = kit / version / "triton"

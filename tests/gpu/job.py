@@ -1,8 +1,8 @@
 """The job itself on a GPU, at Mistral-7B's shape: `python tests/gpu/job.py --alpaca FILE --arc FILE` prints JSON lines.
 
-A random base and a tokenizer made of the data; then a whole run, the same killed and resumed, the same with a neighbour
-that takes most of the memory when training begins, and one held to a small part of the GPU: artifacts bit by bit, how
-training was carried out, target tokens a second, energy. `--tiny` tries the script itself on a CPU.
+A random base and a tokenizer made from the data; then a whole run, the same killed and resumed, the same next to a
+process that takes most of the memory when training begins, and one limited to a small part of the GPU: artifacts bit by
+bit, execution plan, target tokens a second, energy. `--tiny` tries the script itself on a CPU.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def say(what: str, **figures: Any) -> None:
 
 
 def make_tokenizer(folder: Path, texts: list[str], size: int) -> Any:
-    """A byte-level tokenizer of the data's own words, as many as Mistral's."""
+    """A byte-level tokenizer trained on the data, with Mistral's vocabulary size."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -73,7 +73,7 @@ def make_base(folder: Path, texts: list[str], sizes: Mapping[str, int]) -> None:
 
 
 def run(folder: Path, name: str, **changes: str) -> dict[str, Any]:
-    """Runs the job until it is done, whatever it is told to suffer, and tells how; returns its manifest."""
+    """Runs the job until it is done, with injected faults, and prints how; returns its manifest."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("JOB_")}
     settings = {**clean, **PLAIN, "JOB_RUN__ID": name, "JOB_RUN__OUTPUT": str(folder / name), **changes}
     codes: list[int] = []
@@ -115,7 +115,7 @@ def run(folder: Path, name: str, **changes: str) -> dict[str, Any]:
 
 
 def crowd(mark: Path, leave_gib: float) -> None:
-    """Takes the GPU's memory, all but so much of what is free, once the file is there; and keeps it."""
+    """Takes the free memory of the GPU except for so much, once the file exists, and keeps it."""
     while not mark.exists():
         time.sleep(0.05)
     import torch
@@ -143,7 +143,7 @@ def main() -> None:
         folder = Path(place)
         began = time.monotonic()
         texts = [" ".join(json.loads(row).values()) for row in rows]
-        maker = multiprocessing.get_context("spawn").Process  # whose memory of the GPU goes with it
+        maker = multiprocessing.get_context("spawn").Process  # its GPU memory is freed with it
         made = maker(target=make_base, args=(folder / "base", texts, TINY if asked.tiny else MISTRAL_7B))
         made.start()
         made.join()

@@ -1,14 +1,15 @@
 """One of two GPUs' processes ends during a step: `python tests/gpu/lost_process.py [--tiny]` prints JSON lines.
 
-    killed            when its gradient is on its way and the sum over the processes is not. The other process has then
-                      launched its part of the sum, and clipping and the optimizer behind it, which never begin. It must
-                      notice, save the step before, and end.
-    killed in step 1  the same where there is nothing to save yet: it must notice.
-    failed            by an error after it has launched its part of the sum, which may then come after all. What the
-                      other one saves must be whole.
+    killed            after it has launched its gradient, but not its part of the all-reduce. The other process has then
+                      launched its part, and clipping and the optimizer after it, which never begin. It must notice,
+                      save the previous step, and end.
+    killed in step 1  the same with nothing to save yet: it must notice.
+    failed            by an error after it has launched its part of the all-reduce, which may then complete. What the
+                      other one saves must be consistent.
 
-A resumed pair must end with the bits of an undisturbed one. `--optimizer NAME` takes another one than adamw_8bit.
-`--only` takes some of the three. `--tiny` rehearses it on a CPU. Each of six pairs takes about 35 s on two H200s.
+A resumed pair must end with the bits of an undisturbed one. `--optimizer NAME` sets another optimizer than adamw_8bit,
+`--only` selects some of the three. `--tiny` tries the script itself on a CPU. Each of six pairs takes about 35 s on two
+H200s.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def pair(chosen: argparse.Namespace, folder: Path, name: str, *more: str) -> lis
 
 
 def train_part(chosen: argparse.Namespace) -> None:
-    """One process of a pair; process 0 tells what became of it."""
-    import gpu  # lies in tests/bench
+    """One process of a pair; process 0 prints the outcome."""
+    import gpu  # is in tests/bench
     import torch
 
     from job.distributed.process_group import ProcessGroup
@@ -121,7 +122,7 @@ def train_part(chosen: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Runs the pairs, or is a process of one."""
+    """Runs the pairs, or runs as a process of one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
     for name in ("--rank", "--port"):

@@ -1,7 +1,7 @@
-"""Ways to train on a GPU, each whole and killed: `python tests/gpu/options.py [NAME ...]` prints one JSON line each.
+"""Settings of training on a GPU, each uninterrupted and killed: `python tests/gpu/options.py [NAME ...]`, JSON lines.
 
 The demo is run with the settings of each name below, once to its end and once killed in training and restarted: both
-have the same artifacts, bit by bit. Ends with 1 where they differ or a run fails.
+must have the same artifacts, bit by bit. Ends with 1 if they differ or a run fails.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def run(folder: Path, name: str, settings: Mapping[str, str]) -> tuple[dict[str,
 
 
 def check(name: str, folder: Path) -> dict[str, object]:
-    """Runs the demo with the settings of this name, whole and killed, and compares."""
+    """Runs the demo with the settings of this name, uninterrupted and killed, and compares."""
     began = time.monotonic()
     try:
         whole, _ = run(folder, "whole", OPTIONS[name])
@@ -100,7 +100,7 @@ def check(name: str, folder: Path) -> dict[str, object]:
 
 
 def main() -> int:
-    """Runs what is asked for, several at a time, since a run mostly imports and loads."""
+    """Runs the named settings, several at a time, since a run mostly imports and loads."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(OPTIONS))
     parser.add_argument("--together", type=int, default=4, help="runs at a time")

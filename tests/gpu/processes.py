@@ -1,8 +1,8 @@
-"""What only several GPUs can show: `python tests/gpu/processes.py [--speed]` prints one JSON line a finding.
+"""Checks that need several GPUs: `python tests/gpu/processes.py [--speed]` prints one JSON line per finding.
 
-The demo by one process and by one a GPU: the same losses, the same answers of the base; killed and resumed on all GPUs:
-the same bits. `--speed`: tokens a second by one and by all, on a random model of Mistral-7B's shape. `--processes N`
-takes another number than that of the GPUs, which tries the script itself on a CPU.
+The demo by one process and by one per GPU: the same losses, the same answers of the base; killed and resumed on all
+GPUs: the same bits. `--speed`: tokens a second by one and by all, on a random model of Mistral-7B's shape. `--processes
+N` sets the number of processes, to try the script itself on a CPU.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def say(what: str, **figures: Any) -> None:
 
 
 def run(folder: Path, name: str, **changes: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Runs the job until it is done, whatever it is told to suffer; returns its manifest and its steps."""
+    """Runs the job until it is done, with injected faults; returns its manifest and its steps."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("JOB_")}
     settings = {**clean, **DEMO, "JOB_RUN__ID": name, "JOB_RUN__OUTPUT": str(folder / name), **changes}
     began, codes = time.monotonic(), []
@@ -50,7 +50,7 @@ def run(folder: Path, name: str, **changes: str) -> tuple[dict[str, Any], list[d
 
 
 def exactness(folder: Path, number: int) -> None:
-    """One process and several agree; several agree with themselves to the bit, killed or not."""
+    """One process and several agree; several processes repeat bit by bit, killed or not."""
     changes = {"JOB_TRAIN__MAX_STEPS": "20", "JOB_CHECKPOINT__EVERY_STEPS": "4"}
     one, one_steps = run(folder, "one", JOB_RUN__PROCESSES="1", **changes)
     several, steps = run(folder, "several", JOB_RUN__PROCESSES=str(number), **changes)
@@ -104,7 +104,7 @@ def speed(folder: Path, number: int, sizes: Mapping[str, int]) -> None:
 
 
 def main() -> int:
-    """Runs what is asked for."""
+    """Runs the requested checks."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--processes", type=int, default=0)
     parser.add_argument("--speed", action="store_true")

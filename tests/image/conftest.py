@@ -1,4 +1,4 @@
-"""These tests need Docker Engine and an image: `make image image-test`. Other runs leave them out."""
+"""These tests need Docker Engine and an image: `make image image-test`. Other test runs leave them out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def figures() -> list[str]:
 
 @pytest.fixture
 def engine() -> Iterator[object]:
-    """Docker Engine; what a test starts is gone when it ends."""
+    """Docker Engine; what a test starts is removed when the test ends."""
     from tests.image.engine import Engine
 
     engine = Engine()

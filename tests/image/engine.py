@@ -22,7 +22,7 @@ RUNS = "/work/runs"
 
 
 def docker(*arguments: str, timeout: float = 120, stdin: str | None = None) -> str:
-    """What a docker command prints; its failure is the test's."""
+    """The output of a docker command; if it fails, the test fails."""
     done = subprocess.run(
         [DOCKER, *arguments], input=stdin, capture_output=True, text=True, timeout=timeout, check=False
     )
@@ -48,7 +48,7 @@ class Container:
     first_step: float = 0
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """The lines of its log as they come, to the end; what is not JSON is kept in `log` only."""
+        """Yields the JSON lines of its log as they are written; other lines are only added to `log`."""
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.log.append(line)
@@ -73,14 +73,14 @@ class Container:
 
 
 class Engine:
-    """Starts things and knows how to get rid of them."""
+    """Starts containers, volumes and networks, and removes them."""
 
     def __init__(self) -> None:
         self._made: list[tuple[str, ...]] = []
         self._running = ExitStack()
 
     def name(self) -> str:
-        """A name that says whose it is."""
+        """A unique name for this test run."""
         return f"qlora-job-test-{uuid.uuid4().hex[:12]}"
 
     def volume(self) -> str:
@@ -90,7 +90,7 @@ class Engine:
         return name
 
     def network(self) -> str:
-        """A network without a way out."""
+        """A network without internet access."""
         name = self.name()
         docker("network", "create", "--internal", name)
         self._made.append(("network", "rm", name))
@@ -99,7 +99,7 @@ class Engine:
     def start(
         self, *options: str, words: Sequence[str] = (), image: str = IMAGE, seconds: float = 400, **environ: str
     ) -> Container:
-        """Runs a container, which is killed when it takes too long."""
+        """Runs a container, which is killed if it takes too long."""
         name, out = self.name(), tempfile.TemporaryFile("w+")  # noqa: SIM115 - the next line sees to it
         self._running.enter_context(out)
         self._made.append(("rm", "--force", "--volumes", name))
@@ -115,7 +115,7 @@ class Engine:
         return Container(name, process, began, out)
 
     def shell(self, script: str, *options: str) -> str:
-        """What a shell script in the image prints; errors are its own to write to stdout."""
+        """The stdout of a shell script in the image."""
         return docker("run", "--rm", "--name", self.name(), "--entrypoint", "bash", *options, IMAGE, "-c", script)
 
     def results(self, container: Container, run: str, folder: Path) -> dict[str, Any]:
@@ -125,7 +125,7 @@ class Engine:
         return results
 
     def remove_all(self) -> None:
-        """Removes what was made, the last first."""
+        """Removes what was created, in reverse order."""
         for command in reversed(self._made):
             subprocess.run([DOCKER, *command], capture_output=True, timeout=120, check=False)
         self._running.close()

@@ -1,4 +1,4 @@
-"""The Compose file's services, run by plain `docker run` with the file's own values, on a network without a way out."""
+"""The Compose file's services, run by plain `docker run` with its values, on a network without internet access."""
 
 from __future__ import annotations
 

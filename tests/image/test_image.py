@@ -1,4 +1,4 @@
-"""The image, run by Docker Engine as its users will: locked up, stopped, on a network, as somebody else."""
+"""The image, run by Docker Engine: read-only, stopped, without or with a network, and as another user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of whole runs share."""
+"""Shared by tests of whole runs."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from tests.forked import Forks
 
 @pytest.fixture(scope="module")
 def forked(tmp_path_factory: pytest.TempPathFactory) -> Forks:
-    """What starts the processes."""
+    """Starts the processes."""
     return Forks(tmp_path_factory.mktemp("logs"))

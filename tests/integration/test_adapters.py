@@ -1,4 +1,4 @@
-"""Whole runs with every option of the adapter: killed, they end as undisturbed ones do, and verify."""
+"""Whole runs with every adapter option: a killed run equals an uninterrupted one, and verifies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole run on rows with planted findings: all are found, none is repeated, and the findings are vouched for."""
+"""A whole run on rows with planted findings: all are found, no output quotes them, and `verify` confirms them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every command on runs in a cloud's store, by that store's own imitation: what a run reads and writes lies there."""
+"""Every command on runs in a cloud's store, by an imitation of that store: all files are read and written there."""
 
 from __future__ import annotations
 

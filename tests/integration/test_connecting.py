@@ -1,4 +1,4 @@
-"""What ends a process that waits for another one to connect: that one's death, its standstill, a signal, an error."""
+"""What ends a process that waits for another to connect: the other's death or suspension, a signal, an error."""
 
 from __future__ import annotations
 

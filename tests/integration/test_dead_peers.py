@@ -1,4 +1,4 @@
-"""What a process's death or a signal ends while a helper process quantizes: everything, within seconds.
+"""While a helper process quantizes, another process's death or a signal ends everything within seconds.
 
 The quantizing is a helper that sleeps; connections, shares, signals and exit codes are the job's.
 """

@@ -1,4 +1,4 @@
-"""Whole runs that export a merged model: scored as it is published, killed on the way, judged by the gate."""
+"""Whole runs that export a merged model: scored as published, killed in between, judged by the gate."""
 
 from __future__ import annotations
 

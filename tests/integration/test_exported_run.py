@@ -1,4 +1,4 @@
-"""A finished run that is exported by another one: the same bytes as if it had been trained with these exports."""
+"""A finished run exported by another run: the same bytes as if it had been trained with these exports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole run with generated answers and a perplexity: killed while it answers, verified, and compared."""
+"""A whole run with generated answers and a perplexity: killed while it generates, verified, and compared."""
 
 from __future__ import annotations
 

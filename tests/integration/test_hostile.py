@@ -1,4 +1,4 @@
-"""A few of `make hostile`: what it does at length is tried in every run of the tests."""
+"""A few cases of `make hostile`, as part of every test run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the base's 4-bit weights lie changes no bit of a run: on the device, sharded over processes, in main memory."""
+"""The placement of the base's 4-bit weights (device, sharded, main memory) changes no bit of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs that learn preferences: killed anywhere, and on several processes, they end as undisturbed ones do."""
+"""Whole runs of preference training: killed anywhere, or on several processes, they equal uninterrupted ones."""
 
 from __future__ import annotations
 

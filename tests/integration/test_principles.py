@@ -1,4 +1,4 @@
-"""Whole runs that judge answers by principles: with a local judge killed in the midst of it, and with a server."""
+"""Whole runs that judge answers by principles: by a local judge, killed in between, and by a server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several processes see the same examples a step as one does, end alike, and leave a state that any number resumes."""
+"""Several processes train on the same examples as one, end alike, and save state that any number can resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs that answer prompts: killed in the midst of it, and on several processes, they end as undisturbed ones."""
+"""Whole runs that answer prompts: killed in between, or on several processes, they equal uninterrupted ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo, preempted twice: its report in a browser, drawn again from what was published; its adapter by its card.
+"""The demo, preempted twice: its report in a browser, made again from what was published; its adapter and card.
 
 SCREENSHOTS names a folder to keep the pictures in: phone, desktop, dark and print.
 """

@@ -1,4 +1,4 @@
-"""A whole run with a safety classifier: rows are left out, answers are scored, and a stopped run ends as another."""
+"""A whole run with a safety classifier: rows are left out, answers are scored, and a stopped run equals another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole signed runs: with exports on S3, and with two stages; killed on the way, they verify with the signer's key."""
+"""Whole signed runs, with exports on S3 and with two stages: killed in between, they verify with the signer's key."""
 
 from __future__ import annotations
 

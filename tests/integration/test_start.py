@@ -1,4 +1,4 @@
-"""Whole runs that go on from an adapter of a bucket or of the hub: killed and resumed, or refused if it is another."""
+"""Whole runs that start from an adapter in a bucket or on the hub: killed and resumed, or refused if it changed."""
 
 from __future__ import annotations
 

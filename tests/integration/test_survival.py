@@ -1,4 +1,4 @@
-"""Whole runs that are killed, robbed of their store, or raced: they publish what an undisturbed run publishes."""
+"""Whole runs that are killed, lose their store, or race: they publish what an uninterrupted run publishes."""
 
 from __future__ import annotations
 
@@ -295,7 +295,7 @@ def test_two_attempts_at_once(environment: dict[str, str], undisturbed: dict[str
 @pytest.mark.long
 @pytest.mark.parametrize("kind", clouds.SCHEMES)
 def test_stores_that_fail(environment: dict[str, str], undisturbed: dict[str, str], tmp_path: Path, kind: str) -> None:
-    """Killed and stopped, with everything in a cloud's store that spoils a tenth of all requests, a run completes."""
+    """Killed and stopped, with a cloud's store that corrupts a tenth of all requests, a run completes."""
     folder, place = Path(environment["JOB_DATA__SOURCE"]).parent, clouds.place(kind)
     with clouds.imitation(kind, tmp_path) as reach:
         options = clouds.options(kind, reach)

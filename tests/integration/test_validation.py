@@ -1,4 +1,4 @@
-"""Whole runs that validate: killed anywhere they stop at the same step with the same adapter; two processes, too."""
+"""Whole runs with validation, also on two processes: a killed run stops at the same step with the same adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs in the ways that `make chaos` draws and no other test here kills: they end as undisturbed ones do."""
+"""Whole runs in those configurations of `make chaos` that no other test kills: they equal uninterrupted ones."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Plays Kubernetes with processes of this machine: the Job controller, and a kubelet that starts, stops and loses pods.
+"""Simulates Kubernetes with local processes: the Job controller, and a kubelet that starts, stops and loses pods.
 
-What it plays is read from the controller's source and documentation: rules of podFailurePolicy in their order, failures
-against backoffLimit, growing delays after any failure, a new pod only when the last one has ended
+The simulation follows the controller's source and documentation: rules of podFailurePolicy in order, failures
+against backoffLimit, growing delays after any failure, a new pod only when the previous one has ended
 (podReplacementPolicy: Failed), activeDeadlineSeconds, SIGTERM and after the grace period SIGKILL, the termination
 message. Only the delays between two pods are shorter.
 """
@@ -31,7 +31,7 @@ LOG_LINES, LOG_BYTES, MESSAGE_BYTES = 80, 2048, 4096
 
 @dataclass
 class Pod:
-    """A pod as the API shows it, and what can happen to it."""
+    """A pod as the API shows it, and methods for what can happen to it."""
 
     name: str
     process: Process
@@ -40,7 +40,7 @@ class Pod:
     conditions: set[str] = field(default_factory=set)
     phase: str = "Running"
     exit_code: int | None = None
-    """The container's; None while it runs, and for ever if the kubelet did not live to report it."""
+    """The container's exit code; None while it runs, and forever if the kubelet was lost before it could report it."""
     message: str = ""
     reachable: bool = True
     """Whether its machine's kubelet answers."""
@@ -53,7 +53,7 @@ class Pod:
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """The lines of the log that are the job's own."""
+        """The job's own lines of the log."""
         lines = self.log.splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("\n")]
 
@@ -62,28 +62,28 @@ class Pod:
         return any(fields.items() <= line.items() for line in self.events)
 
     def delete(self) -> None:
-        """`kubectl delete pod`, and what the Job controller does with pods it has no use for."""
+        """`kubectl delete pod`, which the Job controller also does with pods that it no longer needs."""
         if self._kill_at is None:
             self._kill_at = time.monotonic() + self.grace
             self._signal(signal.SIGTERM)
 
     def evict(self) -> None:
-        """A drained node, a preemption by the scheduler, a node's shutdown: the pod says why, then it is deleted."""
+        """A drained node, a preemption by the scheduler, a node's shutdown: sets a condition, then deletes the pod."""
         self.conditions.add("DisruptionTarget")
         self.delete()
 
     def lose(self) -> None:
-        """The machine is gone without a word. The pod's phase stays Running, for no kubelet is there to report its end.
+        """The machine is lost without notice. The pod's phase stays Running, since no kubelet reports its end.
 
-        The node controller marks the pod for deletion after five minutes, which no kubelet confirms either.
+        The node controller marks the pod for deletion after five minutes, which no kubelet confirms, either.
         """
         self._signal(signal.SIGKILL)
         self.reachable = False
 
     def freeze(self, locks: Iterable[Path]) -> bool:
-        """The node stops answering: the process is frozen, not dead. Not while it holds one of the store's locks.
+        """The node stops answering: the process is suspended, but not while it holds one of the store's locks.
 
-        A file system that is shared by real machines breaks the locks of one that is gone; here it would be kept.
+        A file system that real machines share releases the locks of a lost machine; here they would be kept.
         """
         self._signal(signal.SIGSTOP)
         time.sleep(TICK)
@@ -93,11 +93,11 @@ class Pod:
         return True
 
     def wake(self) -> None:
-        """The frozen process goes on."""
+        """Resumes the suspended process."""
         self._signal(signal.SIGCONT)
 
     def delete_node(self) -> None:
-        """The Node object is deleted, or tainted as out of service: the pod garbage collector ends the pod's record."""
+        """The Node object is deleted, or tainted as out of service: the pod garbage collector deletes the pod."""
         self.reachable = False
         self.conditions.add("DisruptionTarget")
         self.phase = "Failed"
@@ -107,7 +107,7 @@ class Pod:
         self._signal(signal.SIGKILL)
 
     def wait(self, seconds: float = 60) -> int:
-        """How a process ends that the cluster does not look after any more."""
+        """Waits for the end of a process that the cluster no longer manages."""
         until = time.monotonic() + seconds
         while (code := self.process.poll()) is None:
             assert time.monotonic() < until, self.log[-3000:]
@@ -115,7 +115,7 @@ class Pod:
         return code
 
     def tick(self) -> None:
-        """The kubelet looks: kills what had its time, reports what has ended."""
+        """One check by the kubelet: kills processes after their grace period, and reports ended ones."""
         if self.phase != "Running" or not self.reachable:
             return
         if self._kill_at is not None and time.monotonic() >= self._kill_at:
@@ -148,7 +148,7 @@ def _held(lock: Path) -> bool:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a Job ended, as `kubectl describe job` says it, with all its pods in order."""
+    """How a Job ended, as `kubectl describe job` reports it, with all its pods in order."""
 
     condition: str
     reason: str
@@ -167,12 +167,12 @@ class Ended:
 
 
 class Job:
-    """A Job's controller and its pods' kubelet.
+    """A Job's controller and the kubelet of its pods.
 
     Args:
         documents: What Kustomize built; the pods' settings and volumes come from them.
-        folder: Where the pods' own files lie.
-        claims: Where the claims' files lie, which outlive pods and Jobs.
+        folder: The folder for the pods' own files.
+        claims: The folder for the claims' files, which outlive pods and Jobs.
         settings: `JOB_` variables that the user adds to the ConfigMap.
         secret: Files of the Secret that the template mounts.
         start: Starts the job's process.
@@ -199,10 +199,10 @@ class Job:
         assert self.spec["podReplacementPolicy"] == "Failed"
 
     def run(self, happens: Callable[[Pod], None] = lambda _: None, *, seconds: float = 600) -> Ended:
-        """Runs the Job to its end: one pod after the other, as podReplacementPolicy and parallelism demand.
+        """Runs the Job to its end: one pod after the other, as podReplacementPolicy and parallelism require.
 
         Args:
-            happens: Called again and again with the pod that runs: what befalls it.
+            happens: Called repeatedly with the running pod, to inject events.
             seconds: Longest time that a test waits.
         """
         began, failed, delay = time.monotonic(), 0, FIRST_DELAY
@@ -251,7 +251,7 @@ class Job:
         places = self._mount(folder)
         given = environment(self._documents, labels(self._documents, self._name, "none"))
         environ = {key: relocate(value, places) for key, value in (given | self._settings).items()}
-        # The job's own place for it cannot be mounted here.
+        # The real path of the termination message cannot be mounted here.
         environ |= {"HOSTNAME": name, "KUBERNETES_TERMINATION_LOG": str(folder / "termination-log")}
         process = self._start({"TMPDIR": str(places["/tmp"]), **environ}, folder / "log")
         pod = Pod(name, process, folder, pod_spec(self._documents)["terminationGracePeriodSeconds"])

@@ -1,8 +1,8 @@
-"""Schemas of the custom resources that the templates use: the fields that we set, as their APIs define them.
+"""Schemas of the custom resources that the templates use: the fields that they set, as defined by the APIs.
 
 JobSet v1alpha2 (v0.10 and newer), Kueue v1beta2, Kubeflow Trainer v1alpha1 (2.2 and newer) and the Prometheus
-operator's v1, read from the projects' Go types. Whatever is not here is refused: a new field in a template is looked up
-there and added here.
+operator's v1, read from the projects' Go types. Other fields are refused: look up a new field of a template there and
+add it here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def listed(items: Schema, **limits: int) -> Schema:
 
 
 def resource(api_version: str, kind: str, spec: Schema | None = None) -> Schema:
-    """A whole document; without a `spec` it has none."""
+    """A whole document; without the argument `spec` it has no such field."""
     name = {"type": "string", "pattern": r"^[a-z]([-a-z0-9]*[a-z0-9])?$", "maxLength": 40}
     metadata = closed(("name",), name=name, labels=STRINGS, annotations=STRINGS)
     head: dict[str, Schema] = {"apiVersion": {"const": api_version}, "kind": {"const": kind}, "metadata": metadata}
@@ -67,7 +67,7 @@ _RULE = closed(
     onJobFailureMessagePatterns=listed(TEXT),
     targetReplicatedJobs=listed(TEXT),
 )
-# What is below a Job's spec is the API server's own, and checked against its schema.
+# A Job's spec is checked against the API server's own schema.
 _REPLICATED = closed(
     ("name", "template"),
     name=TEXT,
@@ -129,7 +129,7 @@ _TRAIN_JOB = closed(
     runtimeRef=closed(("name",), apiGroup={"const": "trainer.kubeflow.org"}, kind=TEXT, name=TEXT),
     trainer=closed(
         numNodes=NUMBER,
-        # Merged into those of the runtime's container.
+        # Merged into the variables of the runtime's container.
         resourcesPerNode=closed(
             requests={"type": "object", "additionalProperties": QUANTITY},
             limits={"type": "object", "additionalProperties": QUANTITY},

@@ -1,4 +1,4 @@
-"""What Kustomize builds of `infra/kubernetes/`, and what a kubelet makes of a pod template: environment and volumes."""
+"""The output of Kustomize for `infra/kubernetes/`, and a kubelet's view of a pod template: environment and volumes."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ SERVICE = {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_SERVICE_PORT": "4
 NODE = "a-node"
 """The machine of every pod."""
 FIELDS = {"spec.nodeName": NODE, "metadata.name": "a-pod", "metadata.namespace": "qlora"}
-"""What the downward API says of every pod, but for labels."""
+"""The downward API's values for every pod, except labels."""
 
 
 @cache
 def build(folder: str) -> tuple[Document, ...]:
-    """The documents that `kubectl apply -k` would send, by the kubectl that the development packages bring.
+    """The documents that `kubectl apply -k` would send, by the kubectl of the development packages.
 
     Args:
         folder: Below `infra/kubernetes/`, or an absolute path.
@@ -41,7 +41,7 @@ def build(folder: str) -> tuple[Document, ...]:
         [kubectl, "kustomize", KUBERNETES / folder], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert not done.stderr  # deprecations are said there
+    assert not done.stderr  # deprecation warnings are on stderr
     return tuple(yaml.safe_load_all(done.stdout))
 
 
@@ -51,7 +51,7 @@ def overlay(name: str) -> tuple[Document, ...]:
 
 
 def one(documents: Iterable[Document], kind: str, name: str | None = None) -> Document:
-    """The one document of a kind, or of a kind and name."""
+    """The only document of a kind, or of a kind and name."""
     (found,) = (d for d in documents if d["kind"] == kind and name in {None, d["metadata"]["name"]})
     return found
 
@@ -71,7 +71,7 @@ def pod_spec(documents: Iterable[Document]) -> Document:
 
 
 def container(documents: Iterable[Document]) -> Document:
-    """The pods' one container."""
+    """The pods' only container."""
     (found,) = pod_spec(documents)["containers"]
     return dict(found)
 
@@ -110,6 +110,6 @@ def environment(documents: Iterable[Document], pod_labels: Mapping[str, str], in
 
 
 def relocate(text: str, places: Mapping[str, Path]) -> str:
-    """A value with the paths below mount points put where the volumes really lie."""
+    """A value in which paths below mount points are replaced by the volumes' real folders."""
     mounts = "|".join(re.escape(mount) for mount in sorted(places, key=len, reverse=True))
     return re.sub(rf"(^|=|,)({mounts})(?=/|,|$)", lambda m: f"{m[1]}{places[m[2]]}", text)

@@ -1,4 +1,4 @@
-"""How Kubernetes' Job controller and JobSet judge a pod that failed, by the rules in a manifest."""
+"""How Kubernetes' Job controller and JobSet react to a failed pod, by the rules in a manifest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Rules = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is done about a failed pod, by which rule (None: no rule matches, it counts), and what the Job will say."""
+    """The action for a failed pod, the rule (None: no rule matches, it counts), and the Job's message."""
 
     action: str
     rule: int | None = None
@@ -20,11 +20,11 @@ class Verdict:
 
 
 def judge(rules: Rules, exit_code: int | None, conditions: Collection[str] = (), pod: str = "pod") -> Verdict:
-    """The first rule that matches decides; without one the failure counts against backoffLimit.
+    """Applies the first rule that matches; without one the failure counts against backoffLimit.
 
     Args:
         rules: `spec.podFailurePolicy.rules` of a Job.
-        exit_code: The container's; None where the kubelet did not live to report it.
+        exit_code: The container's; None if the kubelet was lost before it could report it.
         conditions: Types of the pod's conditions that are true.
         pod: Its name, for the message.
     """
@@ -40,7 +40,7 @@ def judge(rules: Rules, exit_code: int | None, conditions: Collection[str] = (),
 
 
 def judge_set(spec: Mapping[str, Any], exit_code: int | None, conditions: Collection[str] = ()) -> str:
-    """What a JobSet does about one failed pod: its Job fails, and the set has rules for reason and message of that.
+    """A JobSet's reaction to a failed pod: its Job fails, and the set has rules for the reason and message of that.
 
     Args:
         spec: Of the JobSet; its Job must not retry by itself.

@@ -1,6 +1,6 @@
-"""Two ways to start the job as a container would: what the image starts, or a fork that spares the imports.
+"""Two ways to start the job as a container would: the image's command, or a fork that saves the imports.
 
-What is forked runs the command line with the environment and the signals of a pod; see `warm`.
+The fork runs the command line with the environment and the signals of a pod; see `warm`.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ class Process(Protocol):
         """Its process id."""
 
     def poll(self) -> int | None:
-        """Its exit code, minus a signal's number where one killed it; None while it lives."""
+        """Its exit code, or minus the number of the signal that killed it; None while it runs."""
 
 
 class Start(Protocol):
-    """Starts the job with an environment; what it says goes into a file."""
+    """Starts the job with an environment, and its output in a file."""
 
     def __call__(self, environ: Mapping[str, str], log: Path) -> Process:
         """Start it."""
 
 
 def cold(environ: Mapping[str, str], log: Path) -> Process:
-    """What the image starts, with nothing in the environment but the pod's."""
+    """Starts the image's command, with the pod's environment only."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     with log.open("ab") as output:
         return subprocess.Popen(
@@ -49,7 +49,7 @@ def cold(environ: Mapping[str, str], log: Path) -> Process:
 
 
 def _command(folder: Path) -> list[str]:
-    """The image's entrypoint, beside it what the image knows of its CUDA: none, as for a machine without a GPU."""
+    """The image's entrypoint, with the file of the image's CUDA version: none, as for a machine without a GPU."""
     image = folder / "image"
     image.mkdir()
     (image / "cuda").write_text("none 0.0\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The Helm chart: rendered by Helm itself, it is what Kustomize builds, field by field."""
+"""The Helm chart, rendered by Helm itself, equals what Kustomize builds, field by field."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shipped Job, played to its end on this machine: whatever befalls its pods, it ends as its user would want."""
+"""The shipped Job, simulated to its end on this machine: whatever happens to its pods, it ends as intended."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def play(
     clock: Callable[[], float] = time.monotonic,
     **settings: str,
 ) -> Ended:
-    """Plays the demo overlay's Job with small settings; `spec` changes some of its own."""
+    """Runs the demo overlay's Job with small settings; `spec` changes some of its own."""
     documents = [_changed(document, spec or {}) for document in overlay("demo")]
     number = len(list(folder.glob("job-*")))
     place, claims = folder / f"job-{number}", folder / "claims"
@@ -48,7 +48,7 @@ def _changed(document: Document, spec: Mapping[str, Any]) -> Document:
 
 
 def at_step(step: int, what: Callable[[Pod], object]) -> Callable[[Pod], None]:
-    """Something that befalls the first pod once its log says that the step is done."""
+    """An event for the first pod, once its log says that the step is done."""
     hit: list[Pod] = []
 
     def happens(pod: Pod) -> None:
@@ -119,7 +119,7 @@ def test_eviction_without_the_time(undisturbed: Ended, tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_node_loss(undisturbed: Ended, tmp_path: Path) -> None:
-    """The machine is gone without a word: once its Node is deleted, the next pod starts from the last checkpoint."""
+    """The machine is lost without notice: once its Node is deleted, the next pod starts from the last checkpoint."""
     looks, lost = 0, at_step(5, Pod.lose)
 
     def happens(pod: Pod) -> None:
@@ -150,7 +150,7 @@ def test_out_of_memory_counts(undisturbed: Ended, tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_an_old_pod_that_wakes_up(undisturbed: Ended, tmp_path: Path) -> None:
-    """A frozen machine that comes back finds its run taken over: it changes nothing and ends; the Job completes."""
+    """A suspended machine that resumes finds its run taken over: it changes nothing and ends; the Job completes."""
     old: list[Pod] = []
 
     def happens(pod: Pod) -> None:
@@ -170,7 +170,7 @@ def test_an_old_pod_that_wakes_up(undisturbed: Ended, tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_the_run_is_started_elsewhere(tmp_path: Path) -> None:
-    """Whoever starts the run by another Job has it: this Job gives way at once, instead of taking it back for ever."""
+    """If another Job starts the run, this Job fails at once, instead of taking the run back forever."""
     others: list[Ended] = []
 
     def happens(pod: Pod) -> None:
@@ -187,7 +187,7 @@ def test_the_run_is_started_elsewhere(tmp_path: Path) -> None:
 
 
 def failed_at_once(ended: Ended, code: int) -> str:
-    """The last words of the one pod of a Job that failed by the rule for an exit code."""
+    """The termination message of the only pod of a Job that failed by the rule for an exit code."""
     assert (ended.condition, ended.reason, len(ended.pods)) == ("Failed", "PodFailurePolicy", 1)
     assert f"exit code {code} matching FailJob rule" in ended.message
     assert f"(exit code {code}): " in ended.pods[0].message
@@ -277,7 +277,7 @@ def test_a_node_without_a_gpu_counts(tmp_path: Path) -> None:
 
 
 def test_the_deadline_of_the_job(tmp_path: Path) -> None:
-    """A Job that takes too long is stopped like an evicted one: its state is kept for whoever starts it again."""
+    """A Job that takes too long is stopped like an evicted one: its state is kept for the next start."""
     begun: list[Pod] = []
     clock, over = lambda: 3601.0 if begun else 0.0, at_step(1, begun.append)
     settings = {"JOB_TRAIN__MAX_STEPS": "1000", "JOB_TRAIN__EPOCHS": "100"}

@@ -1,4 +1,4 @@
-"""The templates for Kubeflow Trainer: from runtime and TrainJob it makes multi-node's JobSet, with own settings."""
+"""Templates for Kubeflow Trainer: runtime and TrainJob give multi-node's JobSet with the TrainJob's settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shipped templates: they build, every API server would take them, and they agree with the job itself."""
+"""The shipped templates build, are valid for every API server, and agree with the job itself."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_settings_are_settings(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_the_user_s_run_id_wins(name: str) -> None:
-    """Nothing in the template stands in the way of a JOB_RUN__ID among the settings."""
+    """Nothing in the template overrides a JOB_RUN__ID among the settings."""
     assert "JOB_RUN__ID" not in {variable["name"] for variable in container(overlay(name))["env"]}
 
 
@@ -192,7 +192,7 @@ def test_a_job_ends(name: str) -> None:
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_the_job_knows_less_time_than_it_has(name: str) -> None:
-    """After SIGTERM the kubelet waits longer than the job plans with, so that its last words are heard."""
+    """After SIGTERM the kubelet waits longer than the job plans with, so that its termination message is read."""
     grace = float(settings_of(name)["JOB_RUN__GRACE_SECONDS"])
     assert 0 < grace < pod_spec(overlay(name))["terminationGracePeriodSeconds"]
     assert grace <= 15 or name != "gke-spot"

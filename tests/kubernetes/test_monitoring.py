@@ -1,4 +1,4 @@
-"""Monitoring in a cluster: who is scraped, and that the dashboard asks for what is exported."""
+"""Monitoring in a cluster: which pods are scraped; the dashboard queries only exported metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The templates of `infra/serving/`: API servers would take them, and they agree with what the job publishes."""
+"""The templates of `infra/serving/` are valid for API servers, and agree with what the job publishes."""
 
 from __future__ import annotations
 

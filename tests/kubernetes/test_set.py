@@ -1,4 +1,4 @@
-"""Two pods of the shipped JobSet: whatever befalls either of them, whichever ends first, the set does the same.
+"""Two pods of the shipped JobSet: whatever happens to either, in whichever order they end, the set reacts the same.
 
 The launchers, the processes' connection and their ends are the job's. The processes are forked instead of started, so
 that they need not import torch, and train nothing.
@@ -87,7 +87,7 @@ sys.exit(code)
 
 @dataclass(frozen=True)
 class Pods:
-    """The two pods of the set, and the folder by which their processes are told what befalls them."""
+    """The two pods of the set, and the folder through which their processes get events."""
 
     pods: tuple[Pod, Pod]
     folder: Path
@@ -165,7 +165,7 @@ def test_either_pod_decides_alike(
     action: str,
     index: int,
 ) -> None:
-    """A pod's failure costs the set the same, whichever pod it befalls and whichever of the two ends first."""
+    """A pod's failure has the same effect on the set, whichever pod fails and whichever of the two ends first."""
     befalls(training, index)
     if other is not None:
         other(training, 1 - index)

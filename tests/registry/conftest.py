@@ -1,4 +1,4 @@
-"""These tests need a registry's program, and Docker Engine: `make registry-test`. Other runs leave them out."""
+"""These tests need a registry's executable and Docker Engine: `make registry-test`. Other test runs leave them out."""
 
 from __future__ import annotations
 

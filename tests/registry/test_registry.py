@@ -1,4 +1,4 @@
-"""Pushes to a real registry (distribution, as Debian packages it), and what Docker Engine makes of the image."""
+"""Pushes to a real registry (distribution, as packaged by Debian), and Docker Engine's use of the image."""
 
 from __future__ import annotations
 

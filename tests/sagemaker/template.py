@@ -1,4 +1,4 @@
-"""Reads the CloudFormation template as CloudFormation does: conditions decided, references and substitutions put in."""
+"""Reads the CloudFormation template as CloudFormation does: evaluates conditions, references and substitutions."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Stack:
 
     @property
     def statements(self) -> list[dict[str, Any]]:
-        """What the role's policies say; one or many actions and resources are lists here."""
+        """The statements of the role's policies, with actions and resources as lists."""
         return [
             {**statement, "Action": _listed(statement["Action"]), "Resource": _listed(statement["Resource"])}
             for policy in self.policies.values()

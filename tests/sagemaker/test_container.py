@@ -1,4 +1,4 @@
-"""The container as SageMaker runs it: what it is given, how it is interrupted, and what it leaves behind."""
+"""The container under SageMaker's conditions: its inputs, interruptions, and outputs."""
 
 from __future__ import annotations
 

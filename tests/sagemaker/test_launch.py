@@ -1,4 +1,4 @@
-"""The launcher: its request against SageMaker's own model and one that plays SageMaker; what it follows and tells."""
+"""The launcher: its request checked with SageMaker's API model and a fake SageMaker; its logs and messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CloudFormation template: clean, and a role that may do what the job does and nothing else."""
+"""The CloudFormation template passes its linter, and its role allows exactly what the job does."""
 
 from __future__ import annotations
 

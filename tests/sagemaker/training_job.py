@@ -1,10 +1,10 @@
-"""Plays SageMaker for one training job: builds /opt/ml, starts the container's command, copies the checkpoints away.
+"""Simulates SageMaker for one training job: builds /opt/ml, starts the container's command, copies checkpoints.
 
-What it does the way SageMaker does it, as far as that is documented (`infra/sagemaker/README.md` says where):
+It behaves like SageMaker, as far as that is documented (`infra/sagemaker/README.md` says where):
 
 - The command gets one argument, `train`; settings are strings in `hyperparameters.json`; channels are folders.
-- The folder of checkpoints is copied to S3 beside the job, some time later and in no order. What is deleted there is
-  deleted in S3 at once. Marks lie beside files that were copied; files whose names say so are left alone.
+- The folder of checkpoints is copied to S3 while the job runs, with a delay and in no order. Files deleted there are
+  deleted in S3 at once. Copied files get marker files next to them; files with special names are not copied.
 - Nothing more is copied once the container has ended. A new machine starts with an empty /opt/ml and what S3 has.
 - A stop is SIGTERM, and SIGKILL 120 seconds later.
 """
@@ -52,13 +52,13 @@ class TrainingJob:
 
     Attributes:
         name: The job's.
-        machine: Plays /opt/ml; emptied whenever the job gets a machine.
-        bucket: Plays the checkpoints' place in S3; None where the request has no CheckpointConfig.
+        machine: Simulates /opt/ml; emptied whenever the job gets a machine.
+        bucket: Simulates the checkpoints' place in S3; None if the request has no CheckpointConfig.
         hyperparameters: All strings.
         channels: Name -> file or folder in S3 that is copied into the channel's folder.
         environment: The request's `Environment`.
-        ordered: What `inputdataconfig.json` says of a channel beside the defaults.
-        lag: Seconds by which the copy of a checkpoint is late.
+        ordered: The values of `inputdataconfig.json` for a channel other than the defaults.
+        lag: Delay of the copies of checkpoints, in seconds.
     """
 
     name: str
@@ -75,8 +75,8 @@ class TrainingJob:
         """Gives the job a new machine, and runs its container there.
 
         Args:
-            stop: Whether to stop the job, now that it has printed this line of its log.
-            how: SIGTERM, followed by SIGKILL after 120 seconds; or SIGKILL, where the machine just goes.
+            stop: Whether to stop the job after this line of its log.
+            how: SIGTERM, followed by SIGKILL after 120 seconds; or SIGKILL, if the machine is lost.
         """
         self._set_up()
         with (
@@ -86,7 +86,7 @@ class TrainingJob:
             log = []
             deadline: threading.Timer | None = None
             for line in lines:
-                if not line.endswith("\n"):  # a kill came in the midst of it
+                if not line.endswith("\n"):  # a kill came while it was written
                     break
                 log.append(line.rstrip("\n"))
                 if deadline is None and line.startswith("{") and stop(json.loads(line)):
@@ -165,8 +165,8 @@ class TrainingJob:
 def mirror(
     folder: Path, bucket: Path, *, older_than: float, draw: random.Random, ended: threading.Event | None = None
 ) -> None:
-    """Copies what was changed before `older_than`, in no order, each file whole; deletes what is gone at once."""
-    # Not rglob, which fails where a file goes while it is looking.
+    """Copies files changed before `older_than`, in no order, each completely; deletes removed files at once."""
+    # Not rglob, which fails if a file is removed while it searches.
     here = {
         path.relative_to(folder): path
         for parent, folders, files in os.walk(folder)
@@ -179,7 +179,7 @@ def mirror(
     for name in draw.sample(names, len(names)):
         if ended is not None and ended.is_set():
             return
-        with suppress(FileNotFoundError):  # it went between the two looks
+        with suppress(FileNotFoundError):  # it was removed in the meantime
             status = (folder / name).stat()
             copy = bucket / name
             known = copy.exists() and copy.stat().st_mtime_ns == status.st_mtime_ns

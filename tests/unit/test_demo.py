@@ -1,4 +1,4 @@
-"""The embedded demo: its data is what its script makes, its questions are held out, its base model is small."""
+"""The demo: its data is what its script generates, its questions are held out, its base model is small."""
 
 from __future__ import annotations
 

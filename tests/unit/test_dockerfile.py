@@ -1,4 +1,4 @@
-"""What the Dockerfile removes, tried in a folder in place of an image."""
+"""What the Dockerfile removes, tested on a folder instead of an image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The image's entrypoint, run by bash on this machine, with an `nvidia-smi` that says what a test wants to hear."""
+"""The image's entrypoint, run by bash on this machine with a fake `nvidia-smi`."""
 
 from __future__ import annotations
 

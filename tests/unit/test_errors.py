@@ -1,4 +1,4 @@
-"""Errors of several inputs told together, and places named by their settings."""
+"""Errors of several inputs are reported together, with places named by their settings."""
 
 from __future__ import annotations
 

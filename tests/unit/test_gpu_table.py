@@ -1,4 +1,4 @@
-"""The table of `make bench-gpu`: every cell comes from a finding that a section writes, and what is missing is said."""
+"""The table of `make bench-gpu`: every cell comes from a finding of a section, and missing ones are shown as such."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one test logs, and how, is not heard in the next; lines that handlers of signals write."""
+"""Logging set up by one test does not affect the next; lines logged in signal handlers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person, and a program, gets at a terminal."""
+"""Log output at a terminal, and for programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The entrypoint: the process ends at once with the command's exit code, and nothing that was written is lost."""
+"""The entry point: the process ends at once with the command's exit code, and no output is lost."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_reader_who_has_left_changes_no_exit_code() -> None:
 
 @pytest.mark.parametrize(("code", "then"), [(0, 1), (75, 75)])
 def test_output_that_is_lost_is_no_success(code: int, then: int) -> None:
-    """A full disk: whoever asked for the output has not got it. A graver code stays."""
+    """On a full disk the requested output is lost, which is a failure. A more serious code is kept."""
     with Path("/dev/full").open("w", encoding="utf-8") as full:
         done = ended(f"cli.main = lambda: print('too much') or {code}", stdout=full.fileno())
     assert (done.returncode, done.stderr) == (then, "")
@@ -168,7 +168,7 @@ def test_characters_without_bytes_are_printed_as_escapes() -> None:
 
 
 def test_nothing_is_looked_through_while_it_is_imported() -> None:
-    """Until all is imported; then what was imported is left alone for good."""
+    """Garbage collection is off until everything is imported; then it skips what was imported."""
     script = """
 import gc
 def main():

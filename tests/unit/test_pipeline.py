@@ -1,4 +1,4 @@
-"""The order of a run: what ends it early, what is done again, and how long the other processes wait."""
+"""The order of a run: what ends it early, what is repeated, and how long the other processes wait."""
 
 from __future__ import annotations
 

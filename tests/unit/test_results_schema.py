@@ -1,4 +1,4 @@
-"""Promises of job/results.schema.json: it takes a full manifest as the design has it, and nothing less or more."""
+"""job/results.schema.json accepts a complete manifest as designed, and nothing less or more."""
 
 from __future__ import annotations
 

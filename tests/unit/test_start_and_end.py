@@ -1,4 +1,4 @@
-"""What an attempt tells others when it begins and ends, and which machine it refuses."""
+"""What an attempt reports when it begins and ends, and which machines it refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The audit: what is planted in the rows is found with its place, and told nowhere."""
+"""The audit: planted problems are found with their place, and no output contains their text."""
 
 from __future__ import annotations
 

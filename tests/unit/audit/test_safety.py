@@ -1,4 +1,4 @@
-"""The safety screen of rows: which labels mean unsafe, which rows are found, and what becomes of them."""
+"""The safety check of rows: which labels mean unsafe, which rows are found, and what is done with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Languages and lengths of rows: the same always, and no language where it cannot be told."""
+"""Languages and lengths of rows: repeatable, and no language if it cannot be determined."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Publishing beside training."""
+"""Uploads of checkpoints while training continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Durable checkpoints: published whole or not at all, restored whole or not at all."""
+"""Durable checkpoints: published completely or not at all, restored completely or not at all."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def restored_step(store: ObjectStore, tmp_path: Path) -> int:
 
 
 def reseal(store: ObjectStore, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Changes the newest marker as an enemy would, who knows how it is sealed."""
+    """Changes the newest marker as an attacker would, with a recomputed seal."""
     stored = store.read(MARKER)
     assert stored is not None
     facts = json.loads(stored.data)
@@ -87,7 +87,7 @@ def reseal(store: ObjectStore, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def vouched_files_are_there(store: ObjectStore) -> bool:
-    """Whether each marker's files are all there, with the right bytes."""
+    """Whether all files of each marker exist, with the right bytes."""
     for info in store.list("checkpoints/"):
         if info.key.endswith(COMMITTED):
             stored = store.read(info.key)
@@ -203,7 +203,7 @@ def test_all_requests_of_publishing_were_failed(store: LocalStore, tmp_path: Pat
 
 @pytest.mark.parametrize("n", range(4))
 def test_a_step_is_committed_anew(two: LocalStore, tmp_path: Path, n: int) -> None:
-    """Another attempt at a step never touches the files that the marker in place vouches for."""
+    """Another attempt at a step never changes the files that the existing marker lists."""
     with pytest.raises(Unreachable):
         commit(WrappedStore(two, before=FailNth(n, Unreachable("503"))), tmp_path, 20, epoch=2)
     assert vouched_files_are_there(two)
@@ -400,7 +400,7 @@ def test_contradicting_sizes_spare_the_download(two: LocalStore, tmp_path: Path)
 
 
 def test_a_marker_of_another_step(two: LocalStore, tmp_path: Path) -> None:
-    """A marker that lies in the folder of another step vouches for nothing there, whole as its own step may be."""
+    """A marker in the folder of another step is invalid there, even if it is valid for its own step."""
     stored = two.read("checkpoints/step-00000010/COMMITTED.json")
     assert stored is not None
     two.write("checkpoints/step-00000030/COMMITTED.json", stored.data)
@@ -778,7 +778,7 @@ def test_without_any_that_is_fit_nothing_is_deleted(two: LocalStore) -> None:
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("n", range(8))
 def test_pruning_that_fails(two: LocalStore, tmp_path: Path, moment: str, n: int) -> None:
-    """Whichever request fails: what is still committed is whole, the newest is, and the next pruning tidies up."""
+    """Whichever request fails: committed checkpoints stay intact, also the newest, and the next pruning cleans up."""
     commit(two, tmp_path, 30)
     with pytest.raises(Unreachable):
         prune(WrappedStore(two, **{moment: FailNth(n, Unreachable("503"))}), 1, own_steps=[30], verified=0)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: every bit of a training's state, and nothing that could be run."""
+"""What a checkpoint holds: every bit of the training state, and nothing executable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of commands, and the help that follows from it."""
+"""The table of commands, and the help texts made from it."""
 
 from __future__ import annotations
 

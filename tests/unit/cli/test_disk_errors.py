@@ -1,4 +1,4 @@
-"""What a disk refuses, wherever in the job it does: never a bug."""
+"""Errors of the disk, anywhere in the job, are never reported as a bug."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the job leaves for its platform when it fails: the kind of error, its exit code, and the machine."""
+"""The failure message for the platform: the kind of error, its exit code, and the machine."""
 
 from __future__ import annotations
 

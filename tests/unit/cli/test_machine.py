@@ -1,4 +1,4 @@
-"""What the command line asks of the machine before a run begins."""
+"""What the command line checks about the machine before a run begins."""
 
 from __future__ import annotations
 

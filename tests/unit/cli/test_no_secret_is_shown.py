@@ -1,4 +1,4 @@
-"""Secrets where an address or the name of a file belongs: refused with the fix, and in no output and no file."""
+"""Secrets in an address or file name are refused with the fix, and are in no output and no file."""
 
 from __future__ import annotations
 
@@ -258,7 +258,7 @@ FORMS = {
 def test_a_key_in_place_of_its_file(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], scheme: str, variable: str, form: str
 ) -> None:
-    """Refused before a request, with the variable and the fix; the log hides it, whoever would print it."""
+    """Refused before a request, with the variable and the fix; the log hides the key, whatever prints it."""
     monkeypatch.setenv(variable, form)
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "acct")
     (problem,) = refused(capsys, ["status", f"{scheme}://bucket/out/ref"])
@@ -284,7 +284,7 @@ def test_paths_are_no_keys(path: str) -> None:
 
 
 def quoting(tmp_path: Path) -> dict[str, tuple[str, dict[str, str], str]]:
-    """What obstore repeats: (scheme, variables, words of the message)."""
+    """The values that obstore repeats in errors: (scheme, variables, words of the message)."""
     texts = {"kind": f'{{"type": "{SECRET}"}}', "text": f'"{SECRET}"', "pem": ACCOUNT}
     for name, text in texts.items():
         (tmp_path / f"{name}.json").write_text(text)
@@ -314,7 +314,7 @@ def quoting(tmp_path: Path) -> dict[str, tuple[str, dict[str, str], str]]:
 def test_what_obstore_repeats(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, case: str
 ) -> None:
-    """The text of the client library is passed on without what it quotes."""
+    """The text of the client library is passed on without the values that it repeats."""
     scheme, variables, words = quoting(tmp_path)[case]
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

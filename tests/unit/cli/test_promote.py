@@ -1,4 +1,4 @@
-"""`promote` and `--rollback` as they are typed, on folders and on S3, alone and in a race."""
+"""`promote` and `--rollback` from the command line, on folders and on S3, alone and in a race."""
 
 from __future__ import annotations
 
@@ -272,7 +272,7 @@ def test_history_is_bounded(tmp_path: Path) -> None:
 
 
 def test_the_adapter_in_the_pointer_is_the_published_one(made: Path, tmp_path: Path) -> None:
-    """Its hash is that of the weights, so that whoever serves the model can compare; a run without any is refused."""
+    """Its hash is that of the weights, so that a server can compare it; a run without weights is refused."""
     to = str(tmp_path / "current")
     promote_command([str(made / "a"), "--to", to])
     weights = (made / "a/artifacts/adapter/adapter_model.safetensors").read_bytes()

@@ -1,4 +1,4 @@
-"""The command `report`: the page again from a folder; what is not a run of this job is an answer, not a traceback."""
+"""The command `report`: the page made again from a folder; other folders give an error, no traceback."""
 
 from __future__ import annotations
 

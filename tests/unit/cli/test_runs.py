@@ -1,4 +1,4 @@
-"""`verify` and `compare` as they are typed: words, exit codes, and what is printed."""
+"""`verify` and `compare` from the command line: arguments, exit codes, and output."""
 
 from __future__ import annotations
 

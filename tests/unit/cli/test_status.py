@@ -1,4 +1,4 @@
-"""`status` as it is typed: words, exit codes, what is printed, and the same for a folder and for S3."""
+"""`status` from the command line: arguments, exit codes, output, and the same for a folder and for S3."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands with mistakes in what is typed: the exit code, what is wrong and the fix; never a traceback."""
+"""Mistakes in commands: the exit code, what is wrong and the fix; never a traceback."""
 
 from __future__ import annotations
 

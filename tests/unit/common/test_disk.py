@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and errors of the disk are errors of the job."""
+"""Files are written completely or not at all, and errors of the disk are errors of the job."""
 
 from __future__ import annotations
 

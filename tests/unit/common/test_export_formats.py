@@ -1,4 +1,4 @@
-"""The names of exported formats: with and without a type, and what they need."""
+"""Names of export formats: with and without a type, and which packages they need."""
 
 from __future__ import annotations
 

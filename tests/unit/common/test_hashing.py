@@ -1,4 +1,4 @@
-"""Seals: a file that vouches for itself notices a single changed byte, and nothing else."""
+"""Seals (a record's hash of itself) detect any changed byte, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Imports of libraries without packages that they can do without."""
+"""Imports of libraries without their optional packages."""
 
 from __future__ import annotations
 

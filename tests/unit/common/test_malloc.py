@@ -1,4 +1,4 @@
-"""Freed memory is kept: a process that makes and frees the same large block again and again gets its pages once."""
+"""Freed memory is kept: a process that repeatedly allocates the same large block faults its pages in only once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of optimizers: every entry is what the real optimizer is."""
+"""The table of optimizers: every entry matches the real optimizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory that runs out ends in words and with a code that is not retried."""
+"""Running out of memory ends with a message and an exit code that is not retried."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CPU_FULL = RuntimeError(
     ids=lambda error: type(error).__name__,
 )
 def test_memory_that_runs_out_is_said_in_words(error: Exception) -> None:
-    """Whoever allocates: the message says in what, and what to lower, and the code is 70."""
+    """Whatever allocates: the message says what ran out and what to lower, and the code is 70."""
     with pytest.raises(TrainingFailed, match=r"while training; use .* with more memory, or lower A") as raised:
         fail(error)
     assert raised.value.exit_code == 70

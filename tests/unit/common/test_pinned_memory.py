@@ -1,4 +1,4 @@
-"""Pinned main memory, with CUDA's functions replaced: what becomes of a refusal, and that all of it is given back."""
+"""Pinned main memory, with CUDA's functions replaced: failures are handled, and all memory is unpinned."""
 
 from __future__ import annotations
 

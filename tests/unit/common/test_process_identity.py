@@ -1,4 +1,4 @@
-"""Whether a process that was named earlier has ended: only where this is certain."""
+"""Whether a process that was identified earlier has ended: reported only if certain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the machine must have: disk and shared memory, checked before anything is downloaded."""
+"""Requirements on the machine: disk and shared memory, checked before anything is downloaded."""
 
 from __future__ import annotations
 

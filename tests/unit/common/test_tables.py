@@ -1,4 +1,4 @@
-"""Tables: aligned, and closed to what their cells hold."""
+"""Tables of text: aligned, with special characters of cells escaped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work that nobody waits for: its result or its error where they are asked for."""
+"""Work in background threads: its result or error is available when asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bad rows are named together, or counted."""
+"""Bad rows are reported together, or counted."""
 
 from __future__ import annotations
 

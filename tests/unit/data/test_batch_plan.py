@@ -1,4 +1,4 @@
-"""The batch plan: a step is a fact, whoever computes it and however it is cut up."""
+"""The batch plan: a step's examples do not depend on which process computes them, nor on micro-batches."""
 
 from __future__ import annotations
 

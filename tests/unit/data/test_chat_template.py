@@ -1,4 +1,4 @@
-"""Chat templates in a process of their own: the same text as transformers writes, and bounds on what they do."""
+"""Chat templates in a separate process: the same text as from transformers, with limits on time and memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training data as a whole: read, checked, selected, fingerprinted."""
+"""The training data as a whole: read, checked, selected, hashed."""
 
 from __future__ import annotations
 

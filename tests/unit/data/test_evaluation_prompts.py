@@ -1,4 +1,4 @@
-"""The prompts that base and adapter answer: read from all kinds of files as training writes them, or refused."""
+"""The prompts that base and adapter answer: read from the same kinds of files as training rows, or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Examples in an Arrow file: what was written is what is read, however it is asked for."""
+"""Examples in an Arrow file: what is read equals what was written, for every way of access."""
 
 from __future__ import annotations
 

@@ -565,7 +565,7 @@ ODD = {
 
 @pytest.mark.parametrize("odd", ODD)
 def test_a_shard_that_cannot_be_read_is_not_left_out(tmp_path: Path, odd: str) -> None:
-    """One shard that is no file, or not there yet, is named: the others alone would be fewer rows without a word."""
+    """A shard that is no file, or not complete yet, is named: without it there would silently be fewer rows."""
     for number in range(2):
         (tmp_path / f"rows-{number:02}.jsonl").write_bytes(LINES)
     (tmp_path / ".rows-02.jsonl").touch()

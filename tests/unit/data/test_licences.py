@@ -1,4 +1,4 @@
-"""The licence of a data set or model is what the card beside it says, and nothing is made up."""
+"""The licence of a data set or model is what its card says, never a guess."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of preferences: their forms, what is wrong with one, and what is learned of them."""
+"""Preference rows: their forms, errors in them, and what is learned from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts and completions that are lists of messages: tokens and targets of TRL's SFTTrainer, or a named fault."""
+"""Prompts and completions as lists of messages: tokens and targets of TRL's SFTTrainer, or a named error."""
 
 from __future__ import annotations
 

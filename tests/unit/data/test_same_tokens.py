@@ -1,4 +1,4 @@
-"""Every token and every target is the one that the plainest way of reading gives, row by row."""
+"""Every token and target equals that of the simplest implementation, row by row."""
 
 from __future__ import annotations
 

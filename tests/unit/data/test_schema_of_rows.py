@@ -1,4 +1,4 @@
-"""Rows that fit no schema say what they have; a named schema wins."""
+"""For rows that fit no schema the error names their fields; a schema that is set takes precedence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rows are good, and what they are rendered to."""
+"""Which rows are valid, and how they are rendered."""
 
 from __future__ import annotations
 

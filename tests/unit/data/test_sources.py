@@ -1,4 +1,4 @@
-"""Several sources, fields under other names, and rows that are too long."""
+"""Several sources, renamed fields, and rows that are too long."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The steps of a training: processes and micro-batches divide a step's examples, and leave none out."""
+"""The steps of training: processes and micro-batches divide a step's examples, and leave none out."""
 
 from __future__ import annotations
 

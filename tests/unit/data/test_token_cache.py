@@ -1,4 +1,4 @@
-"""Kept tokens: read instead of the rows, whatever the rows cost to read; verified; made again when damaged."""
+"""Cached tokens: read instead of tokenizing the rows again; verified; made again if damaged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turns of conversations: tokens and targets as TRL makes them with `assistant_only_loss`, or a row that is named."""
+"""Turns of conversations: tokens and targets of TRL's `assistant_only_loss`, or an error that names the row."""
 
 from __future__ import annotations
 

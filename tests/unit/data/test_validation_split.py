@@ -1,4 +1,4 @@
-"""Held-out rows: near-duplicates fall on one side, and a row always falls alike."""
+"""Held-out rows: near-duplicates are on one side, and a row is always on the same side."""
 
 from __future__ import annotations
 

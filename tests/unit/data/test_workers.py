@@ -1,4 +1,4 @@
-"""Rows in several processes: the same tokens, records and errors as in one, and no process is left behind."""
+"""Rows in several processes: the same tokens, records and errors as in one, and no process remains."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_good_and_bad_rows_give_the_same(tmp_path: Path) -> None:
 
 
 def test_the_selection_is_the_same(tmp_path: Path) -> None:
-    """Limits end at the same row, so that a bad row behind it is not seen; shares and repeats take the same rows."""
+    """Limits end at the same row, so that a bad row after it is not read; shares and repeats take the same rows."""
     path = lines(tmp_path / "x.jsonl", *alpaca_rows(30), b"{")
     other = lines(tmp_path / "y.jsonl", *alpaca_rows(40))
     one, several = both(path, limit=30)
@@ -170,7 +170,7 @@ def test_rows_without_a_json_form_give_the_same(tmp_path: Path) -> None:
 
 
 def test_a_killed_worker_is_reported_in_words(tmp_path: Path) -> None:
-    """Whoever's worker is killed, as the kernel does when memory runs out, reads that, and the job ends with code 1."""
+    """A killed worker, as when memory runs out, is reported as such, and the job ends with code 1."""
 
     def kill(_: object) -> None:
         for process in workers_running():

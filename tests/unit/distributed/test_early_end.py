@@ -1,4 +1,4 @@
-"""Machines that end before they have connected, or belong to another run: the others do not wait for them."""
+"""The others do not wait for machines that end before they connect, or that belong to another run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes of this machine: started once, told of signals, ended together, and summed up in one exit code."""
+"""Processes of this machine: started once, sent signals, ended together, with one common exit code."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_an_exit_code_survives(run: Run, code: int) -> None:
     ],
 )
 def test_the_gravest_end_counts(codes: dict[int, int], late: set[int], expected: int) -> None:
-    """What no retry can mend outweighs what counts, and that what is free; process 0 alone decides on success."""
+    """Final failures take precedence over counted ones, and these over free ones; only process 0 decides on success."""
     assert launcher._one_exit_code(codes, late) == expected
 
 
@@ -177,7 +177,7 @@ def test_every_signal_is_handed_on(run: Run) -> None:
 
 
 def test_a_process_that_is_not_ready_for_a_signal_was_preempted_too(run: Run) -> None:
-    """It dies of it while it is still starting, which is no failure."""
+    """A process that a signal kills while it starts was preempted; it did not fail."""
     assert run("ready(); time.sleep(30)", signals=[signal.SIGTERM]) == 75
 
 

@@ -1,4 +1,4 @@
-"""What processes tell each other: here threads, each with its own connection to one store."""
+"""How processes exchange values: here threads, each with its own connection to one store."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_what_is_sent_arrives_once_and_in_order(team: Team) -> None:
 
 
 def test_an_end_reaches_those_that_wait_and_those_that_work(team: Team) -> None:
-    """Whoever waits for another one, or looks up from its work, ends with the same kind of error, and is told why."""
+    """Processes that wait, and those that work, end with the same kind of error as the first, with its reason."""
 
     def wait(member: ProcessGroup) -> None:
         member.broadcast("never", lambda: None if member.leads else "")

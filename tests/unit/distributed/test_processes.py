@@ -1,4 +1,4 @@
-"""What all processes of a run have to have in common."""
+"""What all processes of a run must have in common."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which process of how many: torchrun's variables, and what platforms tell of their machines."""
+"""Rank and number of processes: from torchrun's variables, and from what platforms say about their machines."""
 
 from __future__ import annotations
 

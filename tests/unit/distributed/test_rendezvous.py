@@ -1,4 +1,4 @@
-"""How processes meet, and how they do not."""
+"""How processes connect, and how connecting fails."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def test_a_signal_ends_the_waiting(come: str) -> None:
 
 @pytest.fixture
 def frozen() -> Iterator[Place]:
-    """A place whose store accepts connections and never answers, like that of a machine that stands still."""
+    """A place whose store accepts connections and never answers, like that of a suspended machine."""
     with socket.create_server(("localhost", 0)) as listener:
         yield Place(1, 2, host="localhost", port=listener.getsockname()[1], hosted=True)
 

@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 def one_index(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever asks for the whole index gets that of the tasks that tests name."""
+    """Replaces the whole index by that of the tasks that tests name."""
     from lm_eval import tasks
 
     from tests.unit.evaluation.example_tasks import whole_index

@@ -1,4 +1,4 @@
-"""lm-eval's index of tasks, as these tests need it, and its tasks with the rows of files."""
+"""lm-eval's index of the tasks that these tests need, and its tasks with rows from files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FOLDERS = ("arc", "glue", "gsm8k", "truthfulqa", "wikitext", "winogrande")
 
 @cache
 def whole_index() -> Any:
-    """lm-eval's index of the tasks that are named here, read once: that of all of them takes ten seconds."""
+    """lm-eval's index of the tasks named here, read once: the index of all tasks takes ten seconds."""
     from lm_eval import tasks
     from lm_eval.tasks.manager import TaskManager
 

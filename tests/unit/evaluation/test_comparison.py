@@ -1,4 +1,4 @@
-"""Comparison and gate: figures that follow from the answers, and a gate that judges by the interval."""
+"""Comparison and gate: figures computed from the answers, and a gate that uses the confidence interval."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generation: batched, with a cache, it says what transformers' own generation says of each prompt alone."""
+"""Generation in batches with a cache gives the same text as transformers' own for each prompt alone."""
 
 from __future__ import annotations
 

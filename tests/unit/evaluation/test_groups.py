@@ -1,4 +1,4 @@
-"""Groups of tasks: their figures are lm-eval's, and two models are compared on them question by question."""
+"""Groups of tasks: their figures are lm-eval's, and two models are compared on them, paired by question."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Near ties: which questions rounding may decide, and what the comparison is if it decides them all one way."""
+"""Near ties: which questions rounding may decide, and the comparison if all of them went one way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A gate's policy: each rule fires, Holm's adjustment is statsmodels', and null runs pass at the nominal rate."""
+"""A gate's policy: every rule can fail, Holm's adjustment is statsmodels', and null runs pass at the nominal rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers are judged in pairs, in both orders; judges in memory and on servers, and what a hostile server may do."""
+"""Answers are judged in pairs, in both orders; by judges in memory and on servers, which may misbehave."""
 
 from __future__ import annotations
 

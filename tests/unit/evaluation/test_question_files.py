@@ -1,4 +1,4 @@
-"""Files of questions: each row that makes no question of its task is named."""
+"""Files of questions: each row that is not a valid question of its task is named."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_questions_that_are_asked_twice_are_logged(tmp_path: Path) -> None:
 
 
 def spoiled(number: int, **changes: Any) -> list[dict[str, Any]]:
-    """Good rows, of which one has other fields; None takes a field away."""
+    """Valid rows, one of which has changed fields; None removes a field."""
     rows = [dict(row) for row in GOOD]
     rows[number - 1] = {key: value for key, value in {**rows[number - 1], **changes}.items() if value is not None}
     return rows

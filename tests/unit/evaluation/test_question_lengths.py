@@ -1,4 +1,4 @@
-"""Questions that the model cannot read are found before scoring."""
+"""Questions too long for the model are found before scoring."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records of questions: read as if an enemy had written them, and added up as the harness does."""
+"""Records of questions: read as untrusted input, and aggregated as lm-eval does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scorer: usable with a model and a list of questions, with cached scores, and shared out over processes."""
+"""The scorer: usable with a model and a list of questions, with cached scores, and divided over processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scoring: many questions in one row, each scored as if every choice were asked alone."""
+"""Scoring: many questions in one packed sequence, each scored as if every choice were computed alone."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_the_cut_into_rows_does_not_matter(base_folder: Path, budget: int) -> No
 
 
 def test_the_same_row_scores_the_same_bits(base_folder: Path) -> None:
-    """A restarted evaluation of the same rows repeats itself exactly."""
+    """A restarted evaluation of the same packed sequences gives the same bits."""
     questions = make_questions(10)
     assert score_sequence(model(base_folder), questions) == score_sequence(model(base_folder), questions)
 

@@ -1,4 +1,4 @@
-"""Users' own tasks: described by a file that may have come from anywhere, with its data beside it."""
+"""Users' own tasks: described by an untrusted file, with its data next to it."""
 
 from __future__ import annotations
 

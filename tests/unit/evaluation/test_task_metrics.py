@@ -1,4 +1,4 @@
-"""Tasks without choices: lm-eval's own answers and figures, examples in prompts, and paired comparisons."""
+"""Tasks without choices: answers and metrics of lm-eval, few-shot examples, and paired comparisons."""
 
 from __future__ import annotations
 

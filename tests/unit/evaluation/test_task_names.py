@@ -1,4 +1,4 @@
-"""Names of tasks: unknown ones and those that cannot be asked are refused, before anything is loaded."""
+"""Names of tasks: unknown and unsupported tasks are refused before anything is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The 4-bit formats: what auto-round made of a model, by own arithmetic, and loaded to be scored."""
+"""The 4-bit formats: auto-round's output checked by independent arithmetic, and loaded to be scored."""
 
 from __future__ import annotations
 

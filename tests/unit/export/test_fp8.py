@@ -1,4 +1,4 @@
-"""The format `fp8`: its bytes by own arithmetic, its configuration, and how libraries read it."""
+"""The format `fp8`: its bytes by independent arithmetic, its configuration, and how libraries read it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GGUF: llama.cpp's own files and scores, compared with transformers on the same weights and the same tokenizer."""
+"""GGUF: llama.cpp's files and scores, compared with transformers on the same weights and the same tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks and types of GGUF files are llama.cpp's own."""
+"""Blocks and types of GGUF files are those of llama.cpp."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""llama.cpp's scores: what it tells of a probability of zero."""
+"""llama.cpp's scores: what it returns for a probability of zero."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merging: the same weights as PEFT's own merge, in the base's own checkpoint, loaded by plain transformers."""
+"""Merging gives the same weights as PEFT's own merge, as a checkpoint that plain transformers loads."""
 
 from __future__ import annotations
 
@@ -291,7 +291,7 @@ def test_the_files_are_those_of_a_plain_model(half: Path, tmp_path: Path, monkey
 
 
 def test_what_cannot_be_merged_is_refused_before_training(half: Path, tmp_path: Path) -> None:
-    """A weight that two modules share, one that the files do not hold, and a merge that was asked for in vain."""
+    """A weight that two modules share, one that the files lack, and a setting of the merge without effect."""
     model = make_model(half)
     assert candidates(model, half, "best").only == "no weight of the base is quantized"
     with pytest.raises(SettingsError, match="JOB_EXPORT__MERGE_ONTO: is dequantized, but no weight of the base is"):

@@ -1,4 +1,4 @@
-"""Options of the adapter: PEFT's, loaded by PEFT as they were trained, and refused in words where they cannot be."""
+"""Adapter options: computed by PEFT, loaded by PEFT as trained, and refused with a reason if unsupported."""
 
 from __future__ import annotations
 

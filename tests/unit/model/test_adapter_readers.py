@@ -1,4 +1,4 @@
-"""The published adapter has what other programs read it by."""
+"""The published adapter has the fields that other programs read."""
 
 from __future__ import annotations
 

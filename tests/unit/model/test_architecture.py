@@ -1,4 +1,4 @@
-"""A model's shape from its config.json: the counts are those of the model that would be built."""
+"""A model's shape from its config.json: the counts equal those of the model that is built from it."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambd
 
 @given(st.dictionaries(st.sampled_from(list(MISTRAL)), JSON), st.sampled_from(sorted(FAMILIES)))
 def test_any_config_is_read_or_refused(changes: dict[str, Any], family: str) -> None:
-    """Files of strangers: whatever they hold, the answer is an architecture of positive sizes or a ValueError."""
+    """Untrusted files: whatever they contain, the result is an architecture of positive sizes or a ValueError."""
     try:
         found = read_config({**MISTRAL, **changes, "model_type": family})
     except ValueError:

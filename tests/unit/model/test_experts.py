@@ -1,4 +1,4 @@
-"""A mixture's experts in 4 bits: bitsandbytes' own values, transformers' own results, the same bits from everywhere."""
+"""A mixture's experts in 4 bits: bitsandbytes' values, transformers' results, the same bits in every placement."""
 
 from __future__ import annotations
 
@@ -325,7 +325,7 @@ def test_the_manifest_says_how_many_parameters_are_idle(bases: dict[str, Path], 
 
 
 def test_a_merge_takes_the_original_experts(bases: dict[str, Path]) -> None:
-    """Nothing else is offered, and what is asked for in vain is refused."""
+    """No other choice is offered, and settings without effect are refused."""
     model = with_adapter(load(bases["mixtral"]))
     found = candidates(model, bases["mixtral"], "best")
     assert found.names == (ORIGINAL,)

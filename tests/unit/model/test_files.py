@@ -1,4 +1,4 @@
-"""What of a model's folder is loaded, and what is refused before anything is."""
+"""Which files of a model's folder are loaded, and what is refused before that."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def folder(base_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny model that a test may spoil."""
+    """A copy of the tiny model that a test may change."""
     return Path(shutil.copytree(base_folder, tmp_path / "model"))
 
 

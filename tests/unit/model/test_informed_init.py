@@ -1,4 +1,4 @@
-"""EVA and LoftQ: first values that are PEFT's own, on a base that stays as it is."""
+"""EVA and LoftQ: PEFT's own initial values, with an unchanged base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model: a frozen quantized base that evaluation cannot spoil, and an adapter that plain PEFT can load."""
+"""The model: a frozen quantized base that evaluation does not change, and an adapter that plain PEFT can load."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_the_linear_layers_are_really_held_in_nf4(base_folder: Path) -> None:
 
 
 def test_no_layer_repacks_itself_for_inference(base_folder: Path) -> None:
-    """The bitsandbytes trap is shut: no 4-bit layer may turn itself into an inference-only one, and none does."""
+    """No 4-bit layer may repack itself by bitsandbytes for inference only, and none does."""
     model = fill_adapter(make_model(base_folder, quantization="nf4")).eval()
     flags = [
         module.support_avx512bf16_for_cpu for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")

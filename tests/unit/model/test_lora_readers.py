@@ -1,4 +1,4 @@
-"""The published adapter in vLLM's LoRA reader: the fields that they demand, and what they refuse."""
+"""The published adapter in vLLM's LoRA reader: required fields, and what it refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Noise that a model's own routers draw in training: left out, without a change to what the model computes."""
+"""Noise of a model's own routers in training is turned off, without another change to what the model computes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flat attention: many sequences in one row behave as if each were alone."""
+"""Packed attention: many sequences in one behave as if each were alone."""
 
 from __future__ import annotations
 

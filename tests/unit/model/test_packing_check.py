@@ -1,4 +1,4 @@
-"""Packed sequences are used where they come out right on the model itself, and nowhere else."""
+"""Packed sequences are used only if their results are right for the model itself."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_a_window_that_a_layer_is_not_told_is_found_out(tmp_path: Path, monkeypa
 
 
 def test_positions_that_depend_on_the_neighbours_are_packed_only_where_they_cannot(tmp_path: Path) -> None:
-    """Rope that grows with the longest sequence beside is one by one, unless none is that long."""
+    """Models whose rotary positions depend on the longest sequence are packed only if no sequence is that long."""
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0, "original_max_position_embeddings": 128}
     model = family("llama", tmp_path, rope_parameters=rope)
     assert check(model, max_length=128).packed

@@ -1,4 +1,4 @@
-"""Weights that do not all lie on the device: whatever computes, and however far it gets, the bits are the same."""
+"""Weights that are not all on the device: the bits are the same whatever computes, also after an interruption."""
 
 from __future__ import annotations
 
@@ -267,7 +267,7 @@ def test_computing_outside_is_an_error(folder: Path) -> None:
 
 
 def test_pinned_memory_that_nobody_releases_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before it is freed: whoever got it next could not copy between it and the GPU."""
+    """It is unpinned before it is freed: otherwise its next owner could not copy between it and the GPU."""
     given_back: list[int] = []
     monkeypatch.setattr(placed_weights, "unpin", lambda memories, _: given_back.extend(map(len, memories)))
     for released in (False, True):

@@ -1,4 +1,4 @@
-"""A base that comes quantized is recorded as what it is, and what quantization does not reach is counted."""
+"""An already quantized base is recorded as such, and parameters that are not quantized are counted."""
 
 from __future__ import annotations
 

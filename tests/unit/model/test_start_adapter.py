@@ -1,4 +1,4 @@
-"""The adapter that training starts from: what fits is loaded bit by bit, what does not is refused with the reason."""
+"""The adapter that training starts from: loaded bit by bit if it fits, otherwise refused with the reason."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def pickled(folder: Path) -> None:
 
 
 def spoil(tensors: dict[str, torch.Tensor]) -> None:
-    """Puts a NaN into one of the tensors."""
+    """Writes a NaN into one of the tensors."""
     next(iter(tensors.values()))[0, 0] = torch.nan
 
 

@@ -1,4 +1,4 @@
-"""Texts are scored as transformers' own pipeline scores them, long ones whole; what is no classifier is refused."""
+"""Texts are scored as by transformers' own pipeline, long ones completely; what is no classifier is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of weights that are cut, or pointers in their place, are named before anything is loaded."""
+"""Truncated weight files, and git-lfs pointers, are named before anything is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Modules trained whole, and rows of new tokens: PEFT loads what was trained, and what would go wrong is refused."""
+"""Modules trained whole, and rows of new tokens: PEFT loads what was trained; unsupported cases are refused."""
 
 from __future__ import annotations
 

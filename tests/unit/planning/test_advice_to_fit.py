@@ -1,4 +1,4 @@
-"""What `plan` advises where no GPU fits: only what would help, with the place of a row that is too long."""
+"""What `plan` advises if no GPU fits: only what would help, with the place of a row that is too long."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ FIRST = replace(RUN, workload=replace(WORK, longest=3_000_000, largest_step=3_00
 
 
 def test_what_fits_without_a_limit_is_said() -> None:
-    """By name, unless all of several do; nothing but the limit is advised where only that is in the way."""
+    """The GPUs are named, unless all of several fit; only the limit is advised if nothing else prevents the run."""
     limited = "JOB_TRAIN__GPU_MEMORY_GB={} limits them: raise or remove it (without it, {})"
     for names, run, limit, words in (
         (["T4", "L4", "L40S"], LONG, 12, "L40S fits"),

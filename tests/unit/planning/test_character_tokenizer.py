@@ -1,4 +1,4 @@
-"""A stand-in for a tokenizer: it counts characters, and goes the way of a real one."""
+"""A substitute for a tokenizer: it counts characters, with the interface of a real one."""
 
 from __future__ import annotations
 

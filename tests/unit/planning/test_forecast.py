@@ -1,4 +1,4 @@
-"""A run's figures, and how it would go on GPUs: what is said to fit fits, and what is assumed is called so."""
+"""A run's quantities and the forecast for GPUs: what is said to fit fits, and assumptions are marked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which machine's price a forecast takes: the smallest that has the GPUs, and the main memory for them."""
+"""Which machine's price a forecast uses: that of the smallest with the GPUs and the main memory needed."""
 
 from __future__ import annotations
 

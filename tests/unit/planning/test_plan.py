@@ -1,4 +1,4 @@
-"""`plan`, as a user runs it: everything is looked at, whatever is wrong, and what could not be looked at is said."""
+"""`plan` from the command line: everything is checked despite errors, and what could not be checked is named."""
 
 from __future__ import annotations
 

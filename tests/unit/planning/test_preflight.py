@@ -1,4 +1,4 @@
-"""Checks before a GPU is paid for: each finds what the job would stumble over, and leaves nothing behind."""
+"""Checks before a GPU is paid for: each finds what would fail in the job, and leaves nothing behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is made of, looked at beforehand: as the job will look at it, and what that finds."""
+"""The inputs of a run, checked in advance in the same way as by the job."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_model_of_another_kind_is_a_note(base_folder: Path, tmp_path: Path) ->
 def test_what_a_configuration_leaves_out_has_the_default_of_its_family(
     tmp_path: Path, config: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    """As the run will build it: a forecast for other sizes than the run's would be wrong without a word."""
+    """As in the run: with other sizes than the run's the forecast would silently be wrong."""
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes(NO_TENSORS)
     state, what, model = preview_model(str(tmp_path), None, folder=tmp_path, **HERE)

@@ -1,4 +1,4 @@
-"""How long training takes, by formula: against what was measured on GPUs, and plain sense."""
+"""The formula for training time: compared with measurements on GPUs, and checked for plausibility."""
 
 from __future__ import annotations
 

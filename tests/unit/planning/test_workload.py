@@ -1,4 +1,4 @@
-"""How much there is to train on: counted as the batch plan will take it, or scaled from means."""
+"""The amount of training: counted as in the batch plan, or extrapolated from means."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which platform an environment means, and where things lie there."""
+"""Which platform an environment belongs to, and the paths there."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "HOSTNAME": "train-x7k2p"}
 
 
 def test_a_pod_has_a_termination_log_and_no_run_id() -> None:
-    """Kubernetes reads the last words; a pod's name changes with every retry, so it names no run."""
+    """Kubernetes reads the termination message; a pod's name changes with every retry, so it is no run id."""
     assert detect(POD) == Platform(name="kubernetes", termination_log=Path("/dev/termination-log"))
 
 
@@ -121,7 +121,7 @@ def test_what_kubernetes_sets_by_itself_is_known(variable: str) -> None:
 
 @pytest.mark.parametrize("variable", ["JOB_METRICS_PORT", "JOB_PORT"])
 def test_a_number_is_no_services_address(variable: str) -> None:
-    """Where JOB_METRICS__PORT is meant, a run in a pod would otherwise have no metrics, without a word."""
+    """A typo of JOB_METRICS__PORT in a pod would otherwise silently disable metrics."""
     pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
     assert load_settings([], {**pod, variable: "tcp://10.0.0.7:9464"}).metrics.port is None
     with pytest.raises(SettingsError, match=f"{variable}: is not a setting"):

@@ -1,4 +1,4 @@
-"""SageMaker's channels as sources, and the folder that it copies away."""
+"""SageMaker's channels as sources, and the folder that it copies to S3."""
 
 from __future__ import annotations
 

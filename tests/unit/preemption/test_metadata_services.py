@@ -1,4 +1,4 @@
-"""The clouds' metadata services, each against an imitation that is as strict as the real one."""
+"""The clouds' metadata services, each with an imitation that is as strict as the real one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The thread that watches for notices: finds the cloud, raises the flag, and is in nobody's way."""
+"""The thread that polls for spot notices: finds the cloud, sets the stop flag, and disturbs nothing."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_leaving_is_prompt(silent: Silent, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_off_is_off() -> None:
-    """Whoever wants no polling gets no thread."""
+    """With `off` no polling thread is started."""
     with watch_notices(StopFlag(), "off"):
         assert not threads("notices")
 

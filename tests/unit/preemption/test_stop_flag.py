@@ -1,4 +1,4 @@
-"""Being stopped: the flag, its deadline, signals, and what still fits before the kill."""
+"""Stopping: the flag, its deadline, signals, and what there is still time for before the kill."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class TestSignals:
             assert stop.reason == "SIGTERM"
 
     def test_a_limit_of_cpu_time_asks_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The kernel repeats SIGXCPU while the checkpoint is being saved; only another signal is impatient."""
+        """The kernel repeats SIGXCPU while the checkpoint is saved; only another signal ends the process at once."""
         monkeypatch.setattr(stop_flag, "SAME_REQUEST_SECONDS", -1.0)
         ended: list[int] = []
         monkeypatch.setattr(os, "_exit", ended.append)
@@ -335,7 +335,7 @@ class TestDecide:
     def test_deciding_before_every_micro_batch_always_leaves_time_to_save(
         self, parts: list[tuple[float, float]], remaining: float, publish: float
     ) -> None:
-        """Whoever goes on because a step fits, and no part takes longer than estimated, can still save and upload."""
+        """If a step continues because there is time, and no part exceeds its estimate, saving still succeeds."""
         step = sum(seconds for seconds, _ in parts)
         timings = Timings(step=step, save=publish / 2, upload=publish / 2)
         left = step

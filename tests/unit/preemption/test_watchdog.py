@@ -1,4 +1,4 @@
-"""The watchdog: ends a process that makes no progress, says where it hung, and leaves every other one alone."""
+"""The watchdog: ends a process that makes no progress, says where it hung, and never ends others."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_it_watches_before_its_thread_has_run() -> None:
 
 
 def test_a_process_that_was_frozen_goes_on() -> None:
-    """A container that was paused for longer than the limit is not ended when it wakes up."""
+    """A container that was paused for longer than the limit is not ended when it resumes."""
     program = (
         f"{NO_FAULTHANDLER}import time, job.preemption.watchdog\n"
         "with job.preemption.watchdog.watch(2.0, print) as report_progress:\n"

@@ -1,4 +1,4 @@
-"""Pushes to a hub on this machine that speaks the real one's protocol: what goes, once, and what is refused."""
+"""Pushes to a server on this machine with the hub's protocol: what is pushed, only once, and what is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The image of a run: what its bytes depend on, and what a registry's refusals become."""
+"""The image of a run: what its bytes depend on, and how a registry's refusals are reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Registries that behave badly: a push ends with an error of the job or with one whole version; secrets stay home."""
+"""Registries that misbehave: a push ends with a JobError or one complete version; secrets are not sent elsewhere."""
 
 from __future__ import annotations
 
@@ -287,7 +287,7 @@ def test_bytes_that_do_not_arrive_are_no_success(tmp_path: Path, status: int, co
 
 @pytest.mark.long
 def test_a_registry_that_dies_at_each_request(tmp_path: Path) -> None:
-    """Every request in turn is the last that is answered; the next attempt ends with one tag, on the whole image."""
+    """Every request in turn is the last that is answered; the next attempt ends with one tag, on the complete image."""
     whole = expected(tmp_path)
     for at in range(1, 60):
         state = State()

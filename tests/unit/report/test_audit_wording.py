@@ -1,4 +1,4 @@
-"""What the report says of the audit."""
+"""What the report says about the audit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Charts: ticks that people count in, and lines and intervals that lie where the numbers say."""
+"""Charts: round tick values, and lines and intervals at the right positions."""
 
 from __future__ import annotations
 

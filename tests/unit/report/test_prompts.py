@@ -1,4 +1,4 @@
-"""Prompts and answers in report and card: side by side, escaped, cut where they are long."""
+"""Prompts and answers in report and card: side by side, escaped, truncated if long."""
 
 from __future__ import annotations
 

@@ -332,7 +332,7 @@ def test_the_same_run_gives_the_same_bytes(made: dict[str, Any], found: report.R
 
 
 def test_who_cannot_see_is_told(page: Page) -> None:
-    """A language, a title, landmarks, one name for every picture, headers with scope, nothing referred to in vain."""
+    """Accessibility: language, title, landmarks, a name for every picture, headers with scope, no broken references."""
     (html,) = page.all("html")
     assert html["lang"] == "en"
     assert len(page.all("title")) > 1

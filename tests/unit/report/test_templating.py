@@ -1,4 +1,4 @@
-"""Templates: what is filled into HTML stays text, what is undefined is an error, code stays within its line."""
+"""Templates: values filled into HTML stay text, undefined names are errors, code stays on its line."""
 
 from __future__ import annotations
 

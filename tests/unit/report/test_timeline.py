@@ -1,4 +1,4 @@
-"""The timeline: every second of the machine's time is in it, once."""
+"""The timeline contains every second of the machine's time once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Words and figures for people: verdicts that say no more than the statistics, numbers as people write them."""
+"""Wording of verdicts and numbers: no stronger than the statistics, and formatted for people."""
 
 from __future__ import annotations
 

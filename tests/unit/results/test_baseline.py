@@ -1,4 +1,4 @@
-"""The gate's baseline: an earlier run, whole and asked the same, or an error before anything is trained."""
+"""The gate's baseline: a complete earlier run with the same questions, or an error before training."""
 
 from __future__ import annotations
 

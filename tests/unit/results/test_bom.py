@@ -1,4 +1,4 @@
-"""The ML-BOM: valid by the official schema, the same for the same results, and made of what the manifest says."""
+"""The ML-BOM: valid by the official schema, the same for the same results, and derived from the manifest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`compare`: what differs between two runs, and their adapters paired question by question."""
+"""`compare`: what differs between two runs, and their adapters paired by question."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run is complete when its manifest is there with all that it lists."""
+"""A run is complete when its manifest and all files that it lists exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operations of training: the formula, the share of pre-training, and what `verify` says of a forged figure."""
+"""Operations of training: the formula, the share of pre-training, and what `verify` says about a forged figure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run cost: the parts add up, and waste is what an undisturbed run would not have paid."""
+"""What a run cost: the parts add up, and waste is what an uninterrupted run would not have paid."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_the_parts_add_up(made: list[AttemptRecord], on_demand: float | None) ->
 
 
 def test_an_undisturbed_run_wastes_nothing() -> None:
-    """One attempt that repeats no step: all of it is needed, and net savings are the savings."""
+    """One attempt that repeats no step: all of its cost was needed, and net savings are the savings."""
     cost = compute_cost([WHOLE], 290.0, 7.2)
     assert (cost["wasted_seconds"], cost["wasted_usd"]) == (0, 0)
     assert cost["usd"] == pytest.approx(0.6)

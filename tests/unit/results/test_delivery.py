@@ -1,4 +1,4 @@
-"""What a platform collects: a complete run's files, each in its place, each what the manifest says."""
+"""What a platform collects: a complete run's files, each in its place and as the manifest lists it."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_what_is_not_whole(store: LocalStore, folders: Delivery) -> None:
     "path", ["artifacts/../../evil", "/etc/evil", "artifacts/adapter/../../evil", "lease.json", "artifacts"]
 )
 def test_names_that_lead_elsewhere(store: LocalStore, folders: Delivery, tmp_path: Path, path: str) -> None:
-    """A manifest with names of an enemy's making writes nothing outside the two folders."""
+    """A manifest with malicious names writes nothing outside the two folders."""
     results = manifest(store)
     results["artifacts"][0]["path"] = path
     with pytest.raises(DataError, match="lists an artifact with an invalid path"):

@@ -1,4 +1,4 @@
-"""`compare --history`: runs in the order of time, the control limits, and what is said of the newest."""
+"""`compare --history`: runs in chronological order, the control limits, and the verdict on the newest run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who vouches for which file of a run."""
+"""Which record lists each file of a run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FILES = {
 
 
 def test_the_manifest_vouches_for_what_nothing_else_does(tmp_path: Path) -> None:
-    """Everything but artefacts, checkpoints' own files, and what is written last and sealed; with its bytes."""
+    """It lists everything except artifacts, checkpoints' own files, and what is written last and sealed."""
     store = LocalStore(tmp_path / "run")
     for key in FILES:
         store.write(key, key.encode())

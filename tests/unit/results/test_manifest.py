@@ -1,4 +1,4 @@
-"""The manifest: what it is put together from, its seal, and a schema that is enforced."""
+"""The manifest: what it is built from, its seal, and a schema that is enforced."""
 
 from __future__ import annotations
 

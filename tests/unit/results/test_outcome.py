@@ -1,4 +1,4 @@
-"""The outcome of a run is read from its manifest once; its words and its values say the same."""
+"""The outcome of a run is read from its manifest once; its text and its values agree."""
 
 from __future__ import annotations
 

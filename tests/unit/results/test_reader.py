@@ -1,4 +1,4 @@
-"""A manifest from any folder: what no job writes is refused in words, whatever number or depth it holds."""
+"""A manifest from any folder: content that no job writes is refused with a message, whatever it contains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The records of a run are read from its store; damaged ones are named, and the others are read all the same."""
+"""The records of a run are read from its store; damaged ones are named, and the others are still read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The status of a run: every state is told from the records in its store, and in words that say what happens next."""
+"""The status of a run: every state is derived from the records in its store, with what happens next."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the steps of a training run add up to."""
+"""The totals of a training run over its steps."""
 
 from __future__ import annotations
 

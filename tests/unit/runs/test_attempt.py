@@ -1,4 +1,4 @@
-"""Attempts: the run log says how each one went, stages are done once, and a run stays one experiment."""
+"""Attempts: the run log has each of them, stages are done once, and a run's settings stay the same."""
 
 from __future__ import annotations
 
@@ -275,7 +275,7 @@ def test_a_killed_attempt_is_known_by_its_last_note(
 def test_the_run_log_says_why(
     opened: Callable[..., AbstractContextManager[Attempt]], store: LocalStore, error: Exception, outcome: str
 ) -> None:
-    """How an attempt ended is in the store, and the error goes on to whoever turns it into an exit code."""
+    """How an attempt ended is in the store, and the error is raised again for the exit code."""
     with pytest.raises(type(error)), opened():
         raise error
     entry = noted_of(store, 1)
@@ -318,7 +318,7 @@ def test_a_stage_that_ends_while_it_is_noted_is_read_once(
 def test_a_replaced_attempt_does_not_keep_the_books(
     opened: Callable[..., AbstractContextManager[Attempt]], store: LocalStore
 ) -> None:
-    """Whoever took over writes the run log; the one before ends without a word in it."""
+    """The attempt that took over writes the run log; the replaced one writes nothing more to it."""
     with pytest.raises(Replaced), opened(), opened():
         pass  # the outer one notes its end after the inner one took over
     assert noted_of(store, 1)["outcome"] == "running"
@@ -633,7 +633,7 @@ def test_every_input_that_names_the_run_has_a_setting() -> None:
 
 
 class StandsStill(WrappedStore):
-    """A store before which a process stands still: `meanwhile` happens after the fence's question, before a write."""
+    """A store before which a process is suspended: `meanwhile` runs after the fence's check, before a write."""
 
     meanwhile: Callable[[], object] | None = None
 

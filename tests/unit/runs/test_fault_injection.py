@@ -1,4 +1,4 @@
-"""Faults on purpose: what can be named, that each fires once in a run, and that nothing is in the way without them."""
+"""Injected faults: their names, each fires once in a run, and there is no effect without them."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_fault_fires_once_in_a_run(store: LocalStore) -> None:
 
 @pytest.mark.parametrize(("fault", "event"), [("kill@step=3", "'step', 3"), ("kill@stage=pull", "'stage', 'pull'")])
 def test_a_killed_attempt_is_followed_by_one_that_gets_on(store: LocalStore, fault: str, event: str) -> None:
-    """SIGKILL, without a word to anybody, and the next attempt passes the same point."""
+    """An attempt is killed by SIGKILL, and the next attempt passes the same point."""
     program = (
         "from pathlib import Path\n"
         "from job.runs.fault_injection import arm, faulty, parse\n"

@@ -1,4 +1,4 @@
-"""An attempt that the kernel killed for want of main memory: the next one and `status` say so, with what to change."""
+"""If the kernel killed an attempt for lack of main memory, the next one and `status` say so, with what to change."""
 
 from __future__ import annotations
 

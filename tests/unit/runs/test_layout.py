@@ -1,4 +1,4 @@
-"""The stages of a run and the paths below its folder: spelled in one module."""
+"""The stages of a run and the paths below its folder are defined in one module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run's lease and the store that only its holder can change."""
+"""The run's lease, and the store that only its holder can change."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_machines_that_do_not_share_the_run_s_folder_are_refused(store: LocalSto
 
 
 def test_confirm_counts_heartbeats(store: LocalStore) -> None:
-    """The holder can prove any number of times that the run is its own, and each proof is written down."""
+    """The holder can confirm its lease any number of times, and each confirmation is written."""
     lease = take(store, "a")
     for _ in range(3):
         lease.confirm()
@@ -122,7 +122,7 @@ def test_confirm_counts_heartbeats(store: LocalStore) -> None:
 
 @pytest.mark.parametrize("ask", [Lease.confirm, Lease.check])
 def test_old_attempt_that_wakes_up(store: LocalStore, ask: Callable[[Lease], None]) -> None:
-    """An attempt that was replaced learns it from its next question, whichever, and leaves the new lease as it is."""
+    """A replaced attempt learns it at its next request, whichever that is, and leaves the new lease unchanged."""
     old = take(store, "old")
     new = take(store, "new")
     before = content(store)
@@ -273,7 +273,7 @@ def test_take_whose_answer_got_lost(store: LocalStore) -> None:
 
 
 def test_a_live_holder_does_not_keep_its_successor_out(store: LocalStore) -> None:
-    """A take that collides with heartbeats of the old holder is tried again, and wins."""
+    """A takeover that collides with heartbeats of the old holder is tried again, and succeeds."""
     old = take(store, "old")
 
     def beat(verb: str, key: str) -> None:

@@ -1,4 +1,4 @@
-"""The settings of a run: kept by its first attempt, and the same in all."""
+"""The settings of a run: recorded by its first attempt, and the same in all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work folders: those that killed attempts left are removed by the next attempt at the same run, and no others."""
+"""Work folders: those of killed attempts are removed by the next attempt at the same run, and no others."""
 
 from __future__ import annotations
 

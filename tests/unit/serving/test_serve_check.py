@@ -1,4 +1,4 @@
-"""`serve-check` against servers on this machine that answer in the ways of vLLM, llama.cpp and transformers."""
+"""`serve-check` with servers on this machine that answer like vLLM, llama.cpp and transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings that contradict each other: each is named with the fix, and what is next to the contradiction is valid."""
+"""Settings that contradict each other: each is named with the fix, and values at the limit are valid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings: where they may come from, which wins, and what happens when they are wrong."""
+"""Settings: where they come from, which source has precedence, and how errors are reported."""
 
 from __future__ import annotations
 
@@ -652,7 +652,7 @@ class TestWrongValues:
 
     @pytest.mark.parametrize("arguments", [["--train.epochs"], ["--train.epochs", "--lora.rank=8"]])
     def test_an_option_needs_a_value(self, arguments: list[str]) -> None:
-        """A forgotten value does not swallow the next option."""
+        """An option without a value does not consume the next option."""
         assert list(problems(arguments)) == ["command line --train.epochs"]
 
     @pytest.mark.parametrize(
@@ -1173,7 +1173,7 @@ class TestReading:
         assert (found.storage.region, found.log.level, found.run.output) == ("eu-west-1", "error", "runs")
 
     def test_mistakes_are_told_all_the_same(self) -> None:
-        """Unknown names anywhere, wrong values of what counts, and what is typed in vain; all at once."""
+        """Unknown names anywhere, wrong values of settings that matter, and settings without effect; all at once."""
         with pytest.raises(SettingsError) as caught:
             load_reading(["--train.epochs=2", "--log.level=loud"], {"JOB_STROAGE__REGION": "x"})
         assert {problem.where for problem in caught.value.problems} == {

@@ -1,4 +1,4 @@
-"""The schema: what every setting says about itself."""
+"""The schema: the metadata of every setting."""
 
 from __future__ import annotations
 

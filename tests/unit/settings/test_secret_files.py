@@ -1,4 +1,4 @@
-"""Credentials as files: HF_TOKEN_FILE and its like become the variables, or are refused without their content."""
+"""Credentials as files (HF_TOKEN_FILE and others): they become the variables, or are refused without being shown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sources of settings: what a preset leaves behind, whose a revision is, and the folder of secrets."""
+"""The sources of settings: when a preset's values apply, which repository a revision belongs to, the secrets folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run of the tests pulled: a base in `base/` and the questions of `questions.jsonl`."""
+"""The result of pulling in tests: a base in `base/` and the questions of `questions.jsonl`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.example_run import DATASET
 
 
 def example_sources(folder: Path) -> Sources:
-    """No data but the questions: what a test needs beyond that it puts in with `dataclasses.replace`."""
+    """Contains the questions only; tests add other inputs with `dataclasses.replace`."""
     base, questions = folder / "base", folder / "questions.jsonl"
     tasks = load_tasks(["arc_easy"], {"arc_easy": questions}, {"arc_easy": str(questions)})
     return Sources(

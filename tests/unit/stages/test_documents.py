@@ -1,4 +1,4 @@
-"""Documents are published with the run, and a document that cannot be made does not cost the run its results."""
+"""Documents are published with the run, and a document that cannot be made does not fail the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""First values from data or weights: computed once in a run, the same after a restart. And new tokens, as loaded."""
+"""Initial values from data or weights: computed once in a run, the same after a restart; new tokens as loaded."""
 
 from __future__ import annotations
 

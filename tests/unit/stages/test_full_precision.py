@@ -1,4 +1,4 @@
-"""The evaluation of the base with its original weights: when it is scored, when it is not, and what a restart keeps."""
+"""The evaluation of the base with its original weights: when it is scored, and what a restart reuses."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_an_altered_file_of_answers_is_written_again(
 def test_a_restart_scores_no_question_twice(
     world: World, whole: tuple[Path, Evaluated], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loads: list[str]
 ) -> None:
-    """Ended in the midst of scoring the original: the same bytes, and each sequence was scored once in all."""
+    """Ended while scoring the original base: the same bytes, and each sequence was scored once in total."""
     seen: list[int] = []
     score = full_precision.score_sequences
 

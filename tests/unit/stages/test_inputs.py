@@ -1,4 +1,4 @@
-"""What is known of the inputs before a run begins: all that is wrong is told together."""
+"""What is checked about the inputs before a run begins: all errors are reported together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading: what a later attempt of a run must find as the first one did."""
+"""Loading: what a later attempt of a run must find unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The disk of JOB_RUN__OUTPUT: what cannot fit is refused before training, and nothing else."""
+"""The disk of JOB_RUN__OUTPUT: only what cannot fit is refused, before training."""
 
 from __future__ import annotations
 

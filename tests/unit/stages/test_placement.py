@@ -1,4 +1,4 @@
-"""Where a run's base is loaded: as set, or where it fits, the same in all processes; else an error in words."""
+"""Where a run's base is loaded: as set, or where it fits, the same in all processes; otherwise a clear error."""
 
 from __future__ import annotations
 

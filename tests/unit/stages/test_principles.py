@@ -1,4 +1,4 @@
-"""A judge is checked before training, judges all pairs on one device, and what it judged is known."""
+"""A judge is checked before training, judges all pairs on one device, and its inputs are recorded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pulling: what is known without the weights is told before they are fetched, and a run keeps its day."""
+"""Pulling: errors that can be found without the weights are reported before the download, and a run keeps its date."""
 
 from __future__ import annotations
 

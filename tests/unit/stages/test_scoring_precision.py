@@ -1,4 +1,4 @@
-"""In what precision questions are scored; here as on a GPU, though on a CPU."""
+"""The precision in which questions are scored: the choice for a GPU, tested on a CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What both stores have in common: the probe, limits, and wrappers."""
+"""What all stores have in common: the probe, limits, and wrappers."""
 
 from __future__ import annotations
 

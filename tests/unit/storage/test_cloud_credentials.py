@@ -1,4 +1,4 @@
-"""Where Google's and Azure's credentials come from, and what is said when they cannot be had."""
+"""Where Google's and Azure's credentials come from, and the errors if there are none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A store that never answers is given up soon by commands that a person waits for, and is asked only once."""
+"""Interactive commands soon give up on a store that never answers, and ask it only once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Google's and Azure's stores where their servers or the network misbehave. Their contract: tests/contract."""
+"""Google's and Azure's stores if servers or network misbehave. Their contract: tests/contract."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def test_stalled_connections_end(tmp_path: Path, scheme: str, *, listens: bool) 
 
 @pytest.mark.parametrize("size", [5, 5 * MIB])
 def test_stalled_bodies_end(tmp_path: Path, size: int) -> None:
-    """A body that begins and never goes on costs about two requests with all their repetitions, not many more."""
+    """A body that begins and stalls costs about two requests with all their retries, not many more."""
     released, begun = threading.Event(), []
 
     def stall(request: Request) -> bool:
@@ -265,7 +265,7 @@ DATE = "Sun, 29 Nov 2026 12:54:09 GMT"
 @pytest.mark.parametrize("verb", ["read", "download"])
 @pytest.mark.parametrize("broken", [1, 100])
 def test_truncated_bodies(tmp_path: Path, verb: str, broken: int) -> None:
-    """A body that breaks off is asked for again, and never taken for the whole; in the end it is an error."""
+    """A truncated body is requested again, and never taken for the whole; in the end it is an error."""
     left = [0]
 
     def before(request: Request) -> bool:
@@ -446,7 +446,7 @@ def test_large_uploads_take_conditions(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_a_listing_has_many_pages() -> None:
-    """A listing goes on over the server's pages; a server that repeats one for ever is found out."""
+    """A listing continues over the server's pages; a server that repeats one forever is detected."""
     with gcs_server() as bucket:
         for number in range(250):
             bucket._store(f"run/{number:03}", b"x", {})

@@ -1,4 +1,4 @@
-"""Data sets of the hub, against a server on this machine that speaks its protocol."""
+"""Data sets of the hub, from a server on this machine with the hub's protocol."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is particular to the store in a local folder."""
+"""What is specific to the store in a local folder."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ def test_root_may_be_a_symbolic_link(tmp_path: Path) -> None:
 
 
 def test_pipe_is_no_object(store: LocalStore, root: Path) -> None:
-    """A named pipe, which would block whoever opens it, is neither read nor listed."""
+    """A named pipe, which would block its reader, is neither read nor listed."""
     root.mkdir()
     os.mkfifo(root / "pipe")
     assert store.read("pipe") is None
@@ -399,7 +399,7 @@ except Conflict:
 def test_a_process_that_stands_still_keeps_nobody_out(
     root: Path, monkeypatch: pytest.MonkeyPatch, kind: str, code: int, left: bytes
 ) -> None:
-    """Whoever is stopped with the lock in hand loses it, and its condition is looked at again when it goes on."""
+    """A process suspended with the lock loses it, and its condition is checked again when it continues."""
     monkeypatch.setattr(local, "_STUCK_SECONDS", 0.1)
     store = LocalStore(root)
     store.write("a", b"old")

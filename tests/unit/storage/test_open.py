@@ -1,4 +1,4 @@
-"""Opening stores by URI, and fetching what lies at one."""
+"""Opening stores by URI, and downloading what is at a URI."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_fetch_an_object(options: StorageOptions, prefix: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("slash", ["", "/"])
 def test_fetch_a_folder(options: StorageOptions, prefix: str, tmp_path: Path, slash: str) -> None:
-    """All objects below a prefix arrive as a folder, and nothing of a neighbour whose name begins alike."""
+    """All objects below a prefix arrive as a folder, without those of another prefix that begins alike."""
     store = open_store(prefix, options)
     files = {"model/config.json": b"{}", "model/a/weights": b"123", "model2/config.json": b"other"}
     for key, data in files.items():
@@ -149,7 +149,7 @@ def test_fetch_of_nothing(options: StorageOptions, prefix: str, tmp_path: Path, 
     ("name", "expected"), [("model", 5), ("model/", 5), ("model2", 5), ("a", 3), ("a/", 0), ("x", 0)]
 )
 def test_size_is_what_fetch_downloads(options: StorageOptions, prefix: str, name: str, expected: int) -> None:
-    """An object's own bytes, or those of all objects below a folder; nothing of a neighbour; 0 where nothing is."""
+    """An object's own bytes, or those of all objects below a folder, without similar prefixes; 0 if there are none."""
     store = open_store(prefix, options)
     for key, data in {"model/b": b"12", "model/c/d": b"345", "model2/e": b"other", "a": b"one"}.items():
         store.write(key, data)
@@ -219,7 +219,7 @@ def test_fetch_refuses_a_file_that_is_a_folder(tmp_path: Path) -> None:
 
 
 def test_fetch_notices_a_change(tmp_path: Path) -> None:
-    """An object whose size is not the one that was listed is not taken for good."""
+    """An object whose size differs from the listed one is not accepted."""
     with (
         server(bucket_of({"data/a": b"12"}, {"data/a": 3})) as url,
         pytest.raises(Unreachable, match="changed while it was fetched: 3 bytes, then 2"),

@@ -1,4 +1,4 @@
-"""How long a store may be gone: all kinds outlast the same outage, and what no waiting helps fails at once."""
+"""Outages of stores: all kinds outlast the same outage, and errors that no retry can fix fail at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A volume that two users take turns with: what one left is looked at before the other begins."""
+"""A volume that two users share in turn: files of one are checked before the other's attempt begins."""
 
 from __future__ import annotations
 

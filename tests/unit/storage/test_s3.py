@@ -1,4 +1,4 @@
-"""What is particular to S3: its errors, lost answers, stalls, limits, headers, threads."""
+"""What is specific to S3: its errors, lost answers, stalls, limits, headers, threads."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def test_a_trickle_is_a_stall(tmp_path: Path, verb: str) -> None:
 @pytest.mark.parametrize("broken", [1, 100])
 @pytest.mark.parametrize("verb", ["read", "download"])
 def test_truncated_bodies(tmp_path: Path, verb: str, broken: int) -> None:
-    """A body that breaks off is asked for again, and never taken for the whole; in the end it is an error."""
+    """A truncated body is requested again, and never taken for the whole; in the end it is an error."""
     left = [broken]
 
     def answer(request: Request) -> None:
@@ -956,7 +956,7 @@ class TestConditionsOfLargeFiles:
 
     @pytest.mark.parametrize("status", [404, 409, 412])
     def test_a_refusal_is_a_conflict(self, file: Path, status: int) -> None:
-        """Whoever wrote in between is not written over, and other uploads carry no condition."""
+        """Another writer's object is not overwritten, and other uploads have no condition."""
         seen: list[tuple[str | None, str | None]] = []
         with server(self.bucket(seen, status, 200, 200)) as url:
             store = opened(url)

@@ -1,4 +1,4 @@
-"""A published file is checked to the last byte when it is fetched."""
+"""Every byte of a published file is verified when it is downloaded."""
 
 from __future__ import annotations
 

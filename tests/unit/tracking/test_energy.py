@@ -1,4 +1,4 @@
-"""Energy of the GPUs, against a stand-in for NVML: what is told, and that not knowing is said as such."""
+"""Energy of the GPUs, with a fake NVML: what is reported, and that unknown values are reported as unknown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a run is, told to Kubeflow Trainer's status server and to the API server: imitations of both, over TLS."""
+"""Progress reported to Kubeflow Trainer's status server and to the API server: imitations of both, over TLS."""
 
 from __future__ import annotations
 

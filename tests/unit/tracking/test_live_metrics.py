@@ -1,4 +1,4 @@
-"""Figures for monitoring: what collectors and Prometheus get, by their own parsers, and that neither disturbs a run."""
+"""Live metrics: what collectors and Prometheus receive, read by their own parsers; neither disturbs a run."""
 
 from __future__ import annotations
 

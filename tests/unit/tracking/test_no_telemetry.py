@@ -1,4 +1,4 @@
-"""Nothing phones home: a recorder in place of the network sees no call when training and tracking start."""
+"""No telemetry: no network connection is opened when training and tracking start."""
 
 from __future__ import annotations
 

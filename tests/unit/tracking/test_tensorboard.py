@@ -1,4 +1,4 @@
-"""TensorBoard's events: TensorBoard's own reader finds in them what TensorBoard's own writer would have written."""
+"""TensorBoard's own reader finds the same events as if TensorBoard's own writer had written them."""
 
 from __future__ import annotations
 

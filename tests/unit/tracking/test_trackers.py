@@ -1,4 +1,4 @@
-"""Experiment trackers: they are told everything, by the real libraries offline, and cannot disturb a run."""
+"""Experiment trackers: the real libraries, offline, receive everything and cannot disturb a run."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_how_an_attempt_ended_is_told(
 def test_a_tracker_that_goes_wrong_costs_one_warning(
     fake: dict[str, str], how: str, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wherever it hangs, dies or fails, the steps go on at once, the end comes soon, and it is said once."""
+    """Wherever it hangs, crashes or fails, steps continue at once, the end comes soon, and there is one warning."""
     monkeypatch.setattr(trackers, "FINISH_SECONDS", 2.0 if how == "hang" else 120.0)
     monkeypatch.setattr(trackers, "ANSWER_SECONDS", 60.0)
     began = time.monotonic()
@@ -201,7 +201,7 @@ def test_a_tracker_that_is_frozen_holds_up_no_step(fake: dict[str, str], monkeyp
 
 
 def test_whoever_is_killed_leaves_the_run_open(fake: dict[str, str]) -> None:
-    """When the job is gone, its tracker ends by itself and finishes nothing: the next attempt will."""
+    """If the job was killed, its tracker ends by itself without closing the run: the next attempt does that."""
     code = f"""
 import os, signal, time
 from job.tracking.trackers import Tracking
@@ -249,7 +249,7 @@ def test_only_known_numbers_are_told() -> None:
 
 
 def two_attempts(project: Mapping[str, str | None], environ: Mapping[str, str]) -> list[Any]:
-    """A run that was taken away after three steps, and done by a second attempt that repeats one; what was logged."""
+    """A run preempted after three steps and finished by a second attempt that repeats one; returns what was logged."""
     with capture_logs() as lines:
         for steps, error in (((1, 2, 3), Preempted("gone")), ((3, 4, 5), None)):
             with (

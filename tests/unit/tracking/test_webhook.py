@@ -1,4 +1,4 @@
-"""A webhook gets a CloudEvent for each start and end of an attempt; it cannot disturb a run, and no log shows it."""
+"""A webhook gets a CloudEvent for each start and end of an attempt; it cannot disturb a run, and is never logged."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_an_attempt_tells_how_it_starts_and_ends(error: Exception | None, kind: 
 
 @pytest.mark.parametrize("passed", [True, False])
 def test_the_last_event_says_whether_the_gate_is_met(*, passed: bool) -> None:
-    """Whoever waits for `completed` does not take a run for good whose results are published and miss the gate."""
+    """A receiver of `completed` can distinguish runs that met the gate from published runs that missed it."""
     receiver = Receiver()
     with server(receiver.answer) as url, notifying(f"{url}/{TOKEN}", "a run") as notifier:
         notifier.started(DATA)

@@ -1,4 +1,4 @@
-"""A recipe and an execution plan for tests, which change with `dataclasses.replace` what they are about."""
+"""A recipe and an execution plan, which tests adapt with `dataclasses.replace`."""
 
 from __future__ import annotations
 

@@ -18,18 +18,18 @@ ABOVE = 60
 
 @dataclass(frozen=True)
 class Run:
-    """What one process does, as JSON in its arguments.
+    """The work of one process, given as JSON in its arguments.
 
     Attributes:
-        folder: Takes checkpoints, and what process 0 has found: `found.json`.
+        folder: Folder for checkpoints, and for the findings of process 0 in `found.json`.
         base: The base's folder.
         rank: Of this process.
         count: How many there are.
-        port: At which they meet.
+        port: The port at which they connect.
         placement: Of the base's weights.
         resume: The checkpoint's folder; empty for none.
         killed_after: The step after which this process kills itself; 0 for none.
-        stopped_in: The step of this start in whose first divided row it finds that it has no time left.
+        stopped_in: The step of this start in whose first divided row it is stopped.
         killed_in: The step of this start in whose first divided row it kills itself.
     """
 
@@ -118,7 +118,7 @@ def train(run: Run) -> None:
 
 
 def _disturb(run: Run, stop: Any, done: list[Any]) -> None:
-    """Has the process stopped or killed in attention of a divided row."""
+    """Makes the process stop or kill itself in attention of a divided row."""
     from job.model.fused.long_attention import CpuKernel
 
     backward, at = CpuKernel.backward, run.stopped_in or run.killed_in

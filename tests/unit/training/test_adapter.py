@@ -1,4 +1,4 @@
-"""The adapter to TRL: what it overrides is there upstream, its loss is TRL's, its options all do something."""
+"""The adapter to TRL: what it overrides exists upstream, its loss is TRL's, and all its options have an effect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a CPU's memory allows: within the kernel's word and the container's limits, whichever version they are of."""
+"""What a CPU's memory allows: within the kernel's figure and the container's limits, cgroup v1 and v2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recording and replaying a GPU's work. A GPU shows that it works (`tests/bench/gpu.py`); here is what is around it."""
+"""The code around recording and launching CUDA graphs; `tests/bench/gpu.py` tests the graphs on a GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from job.training.cuda_graphs import CudaGraphs, out_of_memory
 
 
 class Graph:
-    """A recording that counts how often it is replayed."""
+    """A fake CUDA graph that counts how often it is launched."""
 
     def __init__(self) -> None:
         self.replayed = 0
@@ -76,7 +76,7 @@ def test_one_recording_a_shape(recorded: list[Graph]) -> None:
 
 
 def test_what_is_prepared_is_recorded_and_not_done(recorded: list[Graph]) -> None:
-    """The recording is there when the work comes; nothing is replayed before."""
+    """The recording exists before the work comes; nothing is launched before."""
     replayed = CudaGraphs(torch.sum, (torch.zeros(1),))
     replayed.prepare(torch.zeros(3))
     assert [graph.replayed for graph in recorded] == [0]

@@ -1,4 +1,4 @@
-"""How a GPU's memory is used: the fastest way that fits, and what is set holds."""
+"""How a GPU's memory is used: the fastest plan that fits; settings take precedence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Label smoothing of fine-tuning is that of transformers' LabelSmoother, whichever way the loss is computed."""
+"""Label smoothing of fine-tuning is that of transformers' LabelSmoother, however the loss is computed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is launched ahead: a step before the metrics of the one before it, and the optimizer's step behind the sum."""
+"""Launching ahead: a step before the previous step's metrics, and the optimizer's step right after the all-reduce."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def all_rows_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Left(Beside):
-    """Its neighbour ends during the third step."""
+    """The other process ends during the third step."""
 
     def agree(self, *, repeat: bool) -> bool:
         """Finds out where the processes meet."""
@@ -73,7 +73,7 @@ class LeftInSum(Beside):
         return super().check if len(self.sizes) < 3 else self.fail
 
     def fail(self) -> None:
-        """Raises what the neighbour ended with."""
+        """Raises the error of the other process."""
         raise Unreachable("process 1: the hub is silent")
 
 

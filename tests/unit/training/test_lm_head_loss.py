@@ -1,4 +1,4 @@
-"""The loss over the vocabulary on a CPU: that of all logits at once, value and gradient."""
+"""The loss over the vocabulary on a CPU: value and gradient are those of computing all logits at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Long rows, layer by layer: the gradient of the whole, the same bits wherever activations wait and after a restart."""
+"""Long rows, layer by layer: the exact gradient, the same bits wherever activations are kept and after a restart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory of training, by formula: against what was measured on a GPU, what torch really keeps, and plain sense."""
+"""The formula for training memory: compared with measurements on a GPU, with what torch keeps, and for plausibility."""
 
 from __future__ import annotations
 

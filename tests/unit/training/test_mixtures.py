@@ -1,4 +1,4 @@
-"""Training of a mixture of experts: what TRL and PEFT learn, and the same after a stop."""
+"""Training of a mixture of experts: equal to TRL and PEFT, and the same after a stop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model's configuration excludes is told from the configuration alone, all of it together."""
+"""What a model's configuration excludes is reported from the configuration alone, all errors together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NEFTune's noise: that of transformers for one example, and as if alone for each of a packed sequence."""
+"""NEFTune's noise: that of transformers for one example, and in a packed sequence as if each were alone."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_one_example_gets_the_noise_of_transformers(base_folder: Path, *, packed
 
 
 def test_the_noise_of_an_example_does_not_depend_on_its_neighbours(base: Any) -> None:
-    """Its bound is by its own length, not by that of the packed sequence; an evaluation has none."""
+    """Its bound depends on its own length, not on that of the packed sequence; an evaluation has no noise."""
     examples = make_examples(4)
     inputs = packed_inputs(examples, torch.device("cpu"))
     del inputs["labels"]

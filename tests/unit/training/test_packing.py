@@ -1,4 +1,4 @@
-"""Packed sequences: examples end to end, with and without padding."""
+"""Packed sequences: concatenated examples, with and without padding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shapes that packed sequences are padded to: few in all, and few in a run."""
+"""The shapes that packed sequences are padded to: few in total, and few in a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Validation of preferences: TRL's evaluation, early stopping and the best adapter, killed and resumed to the bit."""
+"""Validation of preferences: TRL's evaluation, early stopping, the best adapter; killed and resumed bit by bit."""
 
 from __future__ import annotations
 

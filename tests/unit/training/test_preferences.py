@@ -1,4 +1,4 @@
-"""Training on preferences: it resumes to the bit, also with the fused layers and where sequences are not packed."""
+"""Preference training resumes bit by bit, also with the fused layers and without packing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a machine is going to train: what can be told without a GPU, and what a slow way says of itself."""
+"""How a machine will train: what can be determined without a GPU, and the log if a slower path is used."""
 
 from __future__ import annotations
 

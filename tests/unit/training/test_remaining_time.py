@@ -1,4 +1,4 @@
-"""The remaining time of training follows the pace of the last steps."""
+"""The remaining time of training is estimated from the last steps."""
 
 from __future__ import annotations
 

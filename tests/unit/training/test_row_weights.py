@@ -1,4 +1,4 @@
-"""Weights of rows: a row of weight 2 is the same row twice in its step, and one of weight 0 is not there."""
+"""Row weights: weight 2 equals the same row twice in its step, and weight 0 equals its absence."""
 
 from __future__ import annotations
 

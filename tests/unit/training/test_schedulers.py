@@ -1,4 +1,4 @@
-"""The schedules of the learning rate: transformers' own, by the settings' names."""
+"""Learning-rate schedules: transformers' own, by the settings' names."""
 
 from __future__ import annotations
 

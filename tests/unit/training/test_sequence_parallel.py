@@ -1,4 +1,4 @@
-"""Rows that several processes compute together: the gradient of one process, the same bits each time."""
+"""Rows that several processes compute together: the same gradient as in one process, repeatable bit by bit."""
 
 from __future__ import annotations
 
@@ -464,7 +464,7 @@ def test_two_processes_of_which_one_is_stopped_in_a_row(base_folder: Path, token
 
 @pytest.mark.long
 def test_killed_and_resumed(base_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
-    """After a step, and in the midst of a row: the bits of an undisturbed run; by one process, its losses."""
+    """After a step, and within a row: the bits of an undisturbed run; in one process, its losses."""
     codes, whole = trained(tmp_path / "whole", base_folder, 2)
     assert codes == [0, 0]
     steps, validations = alone(fused(base_folder), tokenizer, tmp_path)

@@ -1,4 +1,4 @@
-"""What makes training slower than it could be is said, with the setting that would change it."""
+"""What slows training down is logged, with the setting that changes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The optimizer step by itself: no trainer, no TRL."""
+"""The optimizer step by itself, without a trainer and TRL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training: a step is a fact. What it learns does not depend on how it is carried out."""
+"""Training: the result of a step does not depend on how it is carried out."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def log_probs(model: Any, examples: Sequence[Example]) -> list[torch.Tensor]:
 
 
 def test_examples_in_a_row_never_see_each_other(base_folder: Path) -> None:
-    """Other neighbours, of the same lengths, leave the bits of an example's log-likelihoods as they were."""
+    """Other examples of the same lengths in the sequence leave the bits of an example's log-likelihoods unchanged."""
     model = fill_adapter(make_model(base_folder)).eval()
     others = [Example(e.input_ids[:1] + tuple(reversed(e.input_ids[1:])), e.targets) for e in EXAMPLES]
     mixed = [own if place % 2 else other for place, (own, other) in enumerate(zip(EXAMPLES, others, strict=True))]
@@ -747,7 +747,7 @@ def run_out_of_memory(model: Any, failing: Callable[[int], bool]) -> list[int]:
 def test_out_of_memory_shrinks_the_micro_batch_and_repeats_the_step(
     base_folder: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
-    """The budget is halved once and stays so; loss and gradient of both steps are as if nothing had happened."""
+    """The budget is halved once and stays so; loss and gradient of both steps are unchanged."""
     recipe = replace(RECIPE, total_steps=2, micro_batch_tokens=160)
     calm, shaken = fill_adapter(make_model(base_folder)), fill_adapter(make_model(base_folder))
     with gradients(calm) as expected:
@@ -779,7 +779,7 @@ def test_the_shrunken_micro_batch_survives_a_restart(base_folder: Path, tokenize
 
 
 class Beside(Alone):
-    """The second of two processes, whose neighbour has no examples and runs out of memory at steps of our choice."""
+    """The second of two processes; the other has no examples and runs out of memory at the chosen steps."""
 
     place = Place(rank=0, world_size=2)
 
@@ -808,7 +808,7 @@ def undealt(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_step_is_repeated_by_all_when_one_runs_out_of_memory(
     base_folder: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
-    """Whoever it was, all halve their micro-batches and repeat; loss and gradient are as if nothing had happened."""
+    """All processes halve their micro-batches and repeat; loss and gradient are unchanged."""
     recipe = replace(RECIPE, total_steps=2, micro_batch_tokens=160)
     calm = fill_adapter(make_model(base_folder))
     with gradients(calm) as expected:
@@ -864,7 +864,7 @@ def test_a_process_without_examples_follows(
 
 
 class Launched:
-    """Stands in for what replays: does the work as it comes, and knows what was to be recorded first."""
+    """Replaces the launching of CUDA graphs: does the work at once, and knows what had to be recorded first."""
 
     possible = True
 

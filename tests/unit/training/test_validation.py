@@ -1,4 +1,4 @@
-"""Validation: the loss on rows that are not trained on, early stopping, and the adapter that is kept."""
+"""Validation: the loss on held-out rows, early stopping, and the choice of the best adapter."""
 
 from __future__ import annotations
 

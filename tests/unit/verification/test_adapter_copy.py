@@ -1,4 +1,4 @@
-"""How `verify` rounds an adapter's numbers without torch, to compare a copy with it."""
+"""How `verify` rounds an adapter's numbers without torch, to compare a copy with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a manifest says of the audit is checked against the published findings."""
+"""What a manifest says about the audit is checked against the published findings."""
 
 from __future__ import annotations
 

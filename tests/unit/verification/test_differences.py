@@ -1,4 +1,4 @@
-"""Claimed and found: every leaf that differs is named, and digits that nobody reads are not."""
+"""Claimed and found values: every differing leaf is named, except for irrelevant digits."""
 
 from __future__ import annotations
 

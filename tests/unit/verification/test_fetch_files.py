@@ -1,4 +1,4 @@
-"""Copies: never more than was claimed, never outside their folder, and every difference told."""
+"""Copies for verification: never larger than claimed, never outside their folder, every difference reported."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_what_is_not_as_claimed_is_told(store: LocalStore, tmp_path: Path, claim
 
 
 def test_what_changed_is_copied_all_the_same(store: LocalStore, tmp_path: Path) -> None:
-    """Whoever looks into it can say what is wrong with it."""
+    """A changed file is copied, so that the difference can be inspected."""
     copies, _ = brought(store, tmp_path / "work", Artifact("file", len(DATA), "0" * 64))
     assert copies["file"].read_bytes() == DATA
 

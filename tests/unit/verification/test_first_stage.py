@@ -1,4 +1,4 @@
-"""A run that trained in two stages names the first by its hash; what is not so is found."""
+"""A run with two training stages names the first by its hash; false statements about it are found."""
 
 from __future__ import annotations
 

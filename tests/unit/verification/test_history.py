@@ -1,4 +1,4 @@
-"""Manifests of earlier versions lack fields that records have got since; they hold all the same."""
+"""Manifests of earlier versions lack fields that were added to records since; they still verify."""
 
 from __future__ import annotations
 

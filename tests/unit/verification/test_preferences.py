@@ -1,4 +1,4 @@
-"""What a run claims of preferences is checked against its settings and its reference."""
+"""What a run claims about preferences is checked against its settings and its reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run claims of judgements is computed again from the published lines."""
+"""What a run claims about judgements is recomputed from the published lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run claims of the prompts that were answered is checked against settings and files."""
+"""What a run claims about answered prompts is checked against settings and files."""
 
 from __future__ import annotations
 

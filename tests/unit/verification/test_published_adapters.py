@@ -1,4 +1,4 @@
-"""Adapters of every kind: the published file is the last checkpoint's, and the manifest says what the file holds."""
+"""Adapters of every kind: the published file is the last checkpoint's, and the manifest describes it correctly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `serve-check --record` leaves in a run: `report` shows it, `verify` compares it with the run's own answers."""
+"""The record of `serve-check --record`: `report` shows it, `verify` compares it with the run's own answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`verify` of a run that validated: best step, early stop and kept adapter follow from the published losses."""
+"""`verify` of a run with validation: best step, early stop and chosen adapter follow from the published losses."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_checkpoints_hold_the_same_validations(run: Path, tmp_path: Path) -> Non
 
 
 def test_validations_of_a_checkpoint_that_cannot_be_read(run: Path, tmp_path: Path) -> None:
-    """Bytes for which the marker vouches need not be validations."""
+    """Bytes whose hash the marker lists need not be valid validations."""
     path, marker = "checkpoints/step-00000004/0001/validation.jsonl", "checkpoints/step-00000004/COMMITTED.json"
     (run / path).write_bytes(b"[]\n")
     facts = unsealed((run / marker).read_bytes())

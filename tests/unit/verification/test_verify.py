@@ -1,4 +1,4 @@
-"""`verify`: a run that is what it says passes; whatever is changed in it, openly or with its hashes, is named."""
+"""`verify`: an unchanged run passes; any change, even with recomputed hashes, is named."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_marks_of_sagemaker_need_not_be_there(run: Path, check: Checker) -> None
 
 
 def test_every_file_is_vouched_for(run: Path, check: Checker) -> None:
-    """A flipped bit in the middle of any file is named."""
+    """A flipped bit in the middle of any file is reported with the file's name."""
     for path in files_of(run):
         name, data = path.relative_to(run).as_posix(), path.read_bytes()
         middle = len(data) // 2
@@ -310,7 +310,7 @@ def test_metrics_that_are_no_metrics(run: Path, check: Checker) -> None:
 
 
 def test_files_that_nobody_vouches_for_are_named(run: Path, check: Checker) -> None:
-    """An extra file among the artifacts, in the run's folder, or in a whole checkpoint's."""
+    """An extra file among the artifacts, in the run's folder, or in a checkpoint's folder is named."""
     for name in ("artifacts/adapter/adapter_model.bin", "notes.txt", "checkpoints/step-00000004/0002/more", "x\n.txt"):
         path = run / name
         path.write_bytes(b"1234")
@@ -546,7 +546,7 @@ def rewrite_in_checkpoint(run: Path, name: str, data: bytes) -> None:
 def test_metrics_of_a_checkpoint(
     run: Path, check: Checker, change: Callable[[list[bytes]], list[bytes]], expected: str
 ) -> None:
-    """Its marker vouches for a file that lacks a step, is no JSON lines, or has the steps in another order."""
+    """Its marker lists a file that lacks a step, is not JSON lines, or has the steps in another order."""
     lines = (run / CHECKPOINT / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     rewrite_in_checkpoint(run, "metrics.jsonl", b"".join(change(lines)))
     assert f"{CHECKPOINT}/metrics.jsonl" in told(check())

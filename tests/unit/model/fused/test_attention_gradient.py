@@ -1,4 +1,4 @@
-"""Promises of the backward pass of attention in Triton, which needs a GPU or Triton's interpreter."""
+"""The backward pass of attention in Triton; needs a GPU or Triton's interpreter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masks as a function of numbers: those of Philox, of the right share, and the same by Triton's kernel."""
+"""Dropout masks as a function of counters: those of Philox, with the right share, and the same by Triton's kernel."""
 
 from __future__ import annotations
 

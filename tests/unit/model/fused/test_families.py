@@ -1,4 +1,4 @@
-"""Every family of the table on the fused layers: losses, gradients and texts are those of its own code with PEFT."""
+"""Every family of the table on the fused layers: losses, gradients and texts equal those of its own code with PEFT."""
 
 from __future__ import annotations
 

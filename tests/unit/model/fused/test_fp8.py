@@ -1,4 +1,4 @@
-"""FP8 products with the frozen weights, as a CPU computes them: the same numbers, multiplied in fp32.
+"""FP8 products with the frozen weights on a CPU: the same FP8 values, multiplied in fp32.
 
 What a GPU computes is compared with this by `tests/bench/fp8.py`.
 """

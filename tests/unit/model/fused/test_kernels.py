@@ -1,4 +1,4 @@
-"""What lies between the matrix products: the formulas that the models were made with."""
+"""The operations between the matrix products: they follow the models' formulas."""
 
 from __future__ import annotations
 

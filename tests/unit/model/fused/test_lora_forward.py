@@ -1,4 +1,4 @@
-"""The lean forward: fewer operations, the same numbers."""
+"""The fused forward pass with LoRA: fewer operations, the same numbers."""
 
 from __future__ import annotations
 

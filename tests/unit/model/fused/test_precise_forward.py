@@ -1,4 +1,4 @@
-"""The forward pass that questions are scored with on a GPU."""
+"""The forward pass that scores questions on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decoder that questions are scored with, for families like Llama: the same numbers in fewer passes."""
+"""The decoder that scores questions, for families like Llama: the same numbers with fewer passes over memory."""
 
 from __future__ import annotations
 

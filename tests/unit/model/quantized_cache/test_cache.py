@@ -1,4 +1,4 @@
-"""Kept quantized bases: the same bits, or none at all."""
+"""Cached quantized bases: the same bits, or no base at all."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_a_damaged_one_is_dropped(kept: CacheEntry, spoil: Callable[[Path], None
 def test_a_damaged_one_in_the_store_is_put_there_anew(
     base: Any, base_folder: Path, kept: CacheEntry, tmp_path: Path, ending: str
 ) -> None:
-    """It is not loaded, and whoever makes it again puts it there again."""
+    """It is not loaded, and the attempt that quantizes the base again stores it again."""
     flip(next(path for path in (tmp_path / "store/bases").rglob("*") if path.name.endswith(ending)))
     entry = elsewhere(kept, tmp_path)
     with capture_logs() as logs:
@@ -272,7 +272,7 @@ def test_who_comes_second_has_kept_nothing(base: Any, base_folder: Path, tmp_pat
 
 
 def test_a_spoiled_index_in_the_store_is_written_again(kept: CacheEntry, tmp_path: Path) -> None:
-    """A later attempt wants the index that was noted, gets another, and puts its own there."""
+    """A later attempt expects the recorded index, finds another, and stores its own."""
     assert kept.store
     key, noted = f"bases/{kept.key}/{INDEX}", cached_base(kept).index_sha256
     kept.store.write(key, b"{")
