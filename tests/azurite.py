@@ -1,6 +1,6 @@
 """Azurite, Azure's own emulator of Blob Storage, as a process of node (`npm install azurite`).
 
-It is searched for in AZURITE (the folder of the npm package); if that is not set, in the folders that npm installs into.
+It is searched for in AZURITE (the folder of the npm package); if this is not set, where npm installs packages.
 """
 
 from __future__ import annotations
