@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.small import CONFIGURATIONS, settings
-from tests.integration.test_survival import attempt, published
+from tests.integration.whole_runs import attempt, published
 
 WAYS = ("weights", "chat", "chat-unmarked", "split-texts", "ipo-start", "muon", "noise", "stable-decay", "mixture")
 
