@@ -55,7 +55,7 @@ registry-test: $(STAMP)  ## pushes to a real registry, and pulls with Docker Eng
 # These servers are in no lock: npm and pip install them into a temporary folder, unless AZURITE and FAKE_GCS_SERVER are set.
 store-test: $(STAMP)  ## the tests of gs:// and az:// with servers by others, Azurite and fake-gcs-server
 	$(BIN)/python -m tests.store_servers --required $(BIN)/python -m pytest -n 3 -q -k "contract or azure" \
-		tests/contract tests/unit/storage tests/unit/runs/test_lease.py tests/integration/test_clouds.py tests/integration/test_survival.py
+		tests/contract tests/unit/storage tests/unit/runs/test_lease.py tests/integration/test_clouds.py tests/integration/test_killed_runs.py
 
 # torch is installed first and pinned by version only, because its build (CPU, CUDA) depends on the machine; pip shows
 # its progress, since CUDA builds are several GB. Everything else is pinned by hash. --no-deps: the locks are complete,

@@ -513,6 +513,7 @@ def test_a_killed_run_goes_on_from_any_state(base_folder: Path, tokenizer: Any, 
     recipe = replace(RESUMED, optimizer="adamw_8bit")
     whole = make_model(base_folder, quantization="nf4", dropout=0.1)
     uninterrupted, saved = run(whole, tokenizer, LONGER, recipe, tmp_path / "whole")
+    assert len(saved) == 3, "after every second of six steps"
     for state in saved:
         model = make_model(base_folder, quantization="nf4", dropout=0.1)
         resumed, _ = run(model, tokenizer, LONGER, recipe, tmp_path / "resumed", resume=state)

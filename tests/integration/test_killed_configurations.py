@@ -16,7 +16,7 @@ WAYS = ("weights", "chat", "chat-unmarked", "split-texts", "ipo-start", "muon", 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the base is, and what the runs read."""
-    return tmp_path_factory.mktemp("ways")
+    return tmp_path_factory.mktemp("configurations")
 
 
 @pytest.mark.long
