@@ -34,8 +34,17 @@ from job.training.trainer import train
 from tests.helpers import make_model
 from tests.unit.common.test_optimizers import make
 from tests.unit.training.recipes import PLAN
-from tests.unit.training.test_trainer import EXAMPLES, LONGER, Beside, Launched
-from tests.unit.training.training_runs import RECIPE, RESUMED, THROUGHOUT, adapter_hash, fused_model, run
+from tests.unit.training.test_trainer import Beside, Launched
+from tests.unit.training.training_runs import (
+    EXAMPLES,
+    LONGER,
+    RECIPE,
+    RESUMED,
+    THROUGHOUT,
+    adapter_hash,
+    fused_model,
+    run,
+)
 
 
 @pytest.fixture

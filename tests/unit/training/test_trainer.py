@@ -35,7 +35,9 @@ from job.training.trainer import train
 from tests.helpers import EOS, LINEAR, PAD, fill_adapter, make_examples, make_model, with_new_tokens
 from tests.unit.training.recipes import PLAN
 from tests.unit.training.training_runs import (
+    EXAMPLES,
     LAYERS,
+    LONGER,
     RECIPE,
     RESUMED,
     THROUGHOUT,
@@ -46,8 +48,6 @@ from tests.unit.training.training_runs import (
     gradients,
     run,
 )
-
-EXAMPLES = make_examples(8)
 
 
 def plain_trl(
@@ -270,10 +270,6 @@ def test_what_lies_in_the_padding_does_not_matter(
         results.append((trained.history[0].loss, found[0]))
     assert results[0][0] == results[1][0]
     assert_same(results[0][1], results[1][1], 0.0)
-
-
-LONGER = make_examples(20)
-"""Three steps an epoch, the last of four examples."""
 
 
 KNOBS: dict[str, dict[str, Any]] = {

@@ -20,10 +20,13 @@ from job.model.lora import trainable
 from job.records import Example, ExecutionPlan, StepMetrics
 from job.training.config import Hooks, Recipe, TrainingResult
 from job.training.trainer import train
-from tests.helpers import fill_adapter, make_model
+from tests.helpers import fill_adapter, make_examples, make_model
 from tests.unit.training import recipes
 from tests.unit.training.recipes import PLAN
 
+EXAMPLES = make_examples(8)
+LONGER = make_examples(20)
+"""Three steps an epoch, the last of four examples."""
 RECIPE = replace(
     recipes.RECIPE,
     weight_decay=0.01,
