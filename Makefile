@@ -5,7 +5,7 @@ STAMP := .venv/installed
 DOCKER ?= docker
 IMAGE ?= qlora-job
 
-.PHONY: help run run-dpo test test-long check format lock chaos chaos-processes standstill servers damage hostile combinations families bench image image-test registry-test clean bench-gpu
+.PHONY: help run run-dpo test test-long check format lock chaos chaos-processes standstill servers damage hostile combinations families bench image image-test registry-test store-test clean bench-gpu
 
 run: $(STAMP)  ## the demo: results in runs/<run id>/
 	JOB_PRESET=demo $(BIN)/python -m job
@@ -51,6 +51,11 @@ image-test: $(STAMP)  ## runs the image with Docker Engine, in every way that in
 # REGISTRY is the executable of a registry server, such as Debian's docker-registry (apt-get install docker-registry).
 registry-test: $(STAMP)  ## pushes to a real registry, and pulls with Docker Engine
 	DOCKER=$(DOCKER) REGISTRY=$${REGISTRY:-docker-registry} $(BIN)/python -m pytest -q tests/registry
+
+# These servers are in no lock: npm and pip install them into a temporary folder, unless AZURITE and FAKE_GCS_SERVER are set.
+store-test: $(STAMP)  ## the tests of gs:// and az:// with servers by others, Azurite and fake-gcs-server
+	$(BIN)/python -m tests.store_servers --required $(BIN)/python -m pytest -n 3 -q -k "contract or azure" \
+		tests/contract tests/unit/storage tests/unit/runs/test_lease.py tests/integration/test_clouds.py tests/integration/test_killed_runs.py
 
 # torch is installed first and pinned by version only, because its build (CPU, CUDA) depends on the machine; pip shows
 # its progress, since CUDA builds are several GB. Everything else is pinned by hash. --no-deps: the locks are complete,

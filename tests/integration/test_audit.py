@@ -20,7 +20,7 @@ from job.verification.differences import CheckResult
 from job.verification.verify import verify
 from tests.chaos.small import settings
 from tests.helpers import arc_rows, write_jsonl
-from tests.integration.test_survival import attempt, published, signalled
+from tests.integration.whole_runs import attempt, published, signalled
 from tests.published_run import rewrite
 from tests.unit.audit.test_audit import PLANTED, QUESTIONS, installed, planted_rows
 

@@ -311,6 +311,7 @@ def test_the_adapter_loads_plainly_and_answers_alike(inputs: Inputs, whole: Ende
         return float(scores.gather(1, torch.tensor(said[len(asked) :])[:, None]).sum())
 
     records = read_jsonl(whole.run / "artifacts/evaluation/arc_easy.adapter.jsonl")
+    assert records
     for row, record in zip(read_jsonl(inputs.questions), records, strict=True):
         scores = [likelihood(f"Question: {row['question']}\nAnswer:", text) for text in row["choices"]["text"]]
         assert record["id"] == row["id"]

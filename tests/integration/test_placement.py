@@ -10,8 +10,8 @@ import pytest
 from job.runs.layout import facts_of
 from tests.forked import Forks
 from tests.helpers import alpaca_rows, arc_rows, deepened, write_jsonl
-from tests.integration.test_preferences import labelled
-from tests.integration.test_processes import go, metrics, results
+from tests.integration.runs_of_processes import go, metrics, results
+from tests.integration.whole_runs import labelled
 
 
 @pytest.fixture(scope="module")

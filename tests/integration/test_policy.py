@@ -12,8 +12,7 @@ import yaml
 
 from tests import warm
 from tests.helpers import alpaca_rows, write_jsonl
-from tests.unit.evaluation.test_groups import write_group
-from tests.unit.evaluation.test_task_metrics import write_prose
+from tests.unit.evaluation.example_tasks import write_group, write_prose
 
 
 @pytest.fixture(scope="module")

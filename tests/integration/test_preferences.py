@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -14,25 +13,10 @@ from job.storage.open import open_store
 from job.verification.verify import as_lines, require_verified, verify
 from tests.forked import Forks
 from tests.helpers import arc_rows, write_jsonl
-from tests.integration.test_processes import CLOSE, EXACT, go, metrics, results, run_folder
+from tests.integration.runs_of_processes import CLOSE, EXACT, go, metrics, results, run_folder
+from tests.integration.whole_runs import labelled, pairs
 
 STEPS = 6
-
-
-def pairs(count: int) -> list[dict[str, str]]:
-    """Sums with a right and a wrong answer."""
-    return [
-        {"prompt": f"What is {n} and {n + 1}?", "chosen": f" It is {2 * n + 1}.", "rejected": f" It is {3 * n} or so."}
-        for n in range(count)
-    ]
-
-
-def labelled(count: int) -> list[dict[str, Any]]:
-    """The same answers, each with a label."""
-    return [
-        {"prompt": row["prompt"], "completion": row["chosen" if n % 2 else "rejected"], "label": n % 2 == 1}
-        for n, row in enumerate(pairs(count))
-    ]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from job.evaluation.principles import parse_judgements
 from job.runs.layout import JUDGEMENTS, REPORT
 from tests.chaos.small import settings
 from tests.helpers import alpaca_rows, write_jsonl
-from tests.integration.test_survival import attempt, kept_chances, published, signalled
+from tests.integration.whole_runs import attempt, kept_chances, published, signalled
 from tests.judge_server import judge_server
 
 pytestmark = pytest.mark.long

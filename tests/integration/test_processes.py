@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -11,7 +10,6 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,10 +18,10 @@ from job.runs.layout import facts_of
 from tests import warm
 from tests.forked import ROOT, Forks, Group, free_port
 from tests.helpers import alpaca_rows, arc_rows, read_jsonl, write_jsonl
+from tests.integration.runs_of_processes import CLOSE, EXACT, go, metrics, results, run_folder
 from tests.waiting import wait_for
 
 STEPS = 6
-CLOSE = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -48,38 +46,6 @@ def environment(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> 
         "JOB_CHECKPOINT__EVERY_STEPS": "2",
         "JOB_LOG__FORMAT": "json",
     }
-
-
-EXACT = {
-    "JOB_MODEL__QUANTIZATION": "nf4",
-    "JOB_LORA__DROPOUT": "0.1",
-    "JOB_TRAIN__OPTIMIZER": "adamw_8bit",
-}
-"""What has to be exact between runs of the same number of processes."""
-
-
-def run_folder(environment: Mapping[str, str], name: str) -> Path:
-    """Where a run's files lie."""
-    return Path(environment["JOB_RUN__OUTPUT"]) / name
-
-
-def results(environment: Mapping[str, str], name: str) -> dict[str, Any]:
-    """A run's manifest."""
-    manifest: dict[str, Any] = json.loads((run_folder(environment, name) / "results.json").read_text("utf-8"))
-    return manifest
-
-
-def metrics(environment: Mapping[str, str], name: str) -> list[dict[str, Any]]:
-    """A run's steps."""
-    return read_jsonl(run_folder(environment, name) / "artifacts/metrics.jsonl")
-
-
-def go(forked: Forks, environment: Mapping[str, str], name: str, processes: int, **changes: str) -> list[int]:
-    """Runs a group of processes to its end; returns their exit codes."""
-    codes, group = forked.run({**environment, "JOB_RUN__ID": name, **changes}, processes, f"{name}-{processes}")
-    if any(code not in {0, 1, 75, -9} for code in codes):
-        print(*[log.read_text("utf-8")[-2000:] for log in group.logs], sep="\n")
-    return codes
 
 
 @pytest.fixture(scope="module")

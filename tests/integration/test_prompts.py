@@ -15,8 +15,8 @@ from tests import warm
 from tests.chaos.small import settings
 from tests.forked import Forks
 from tests.helpers import alpaca_rows, read_jsonl, write_jsonl
-from tests.integration.test_processes import go
-from tests.integration.test_survival import attempt, published
+from tests.integration.runs_of_processes import go
+from tests.integration.whole_runs import attempt, published
 
 
 @pytest.fixture(scope="module")

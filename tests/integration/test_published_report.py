@@ -272,7 +272,9 @@ def test_the_cards_code_loads_the_adapter(twice: Run) -> None:
     own = block.replace("path/to/adapter", str(twice.folder / "artifacts/adapter")).replace("path/to/base", base)
     exec(own, names)  # what a user does
     model, tokenizer = names["model"], names["tokenizer"]
-    for record in _records(twice, "adapter")[:5]:
+    records = _records(twice, "adapter")[:5]
+    assert len(records) == 5
+    for record in records:
         said = [f"{record['question']} {choice}" for choice in record["choices"]]
         likelihoods = []
         for text in said:

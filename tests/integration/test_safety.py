@@ -15,7 +15,7 @@ from job.runs.layout import FINDINGS, REPORT, prompts_key
 from job.verification.verify import verify
 from tests.chaos.small import settings
 from tests.helpers import alpaca_rows, read_jsonl, write_jsonl
-from tests.integration.test_survival import attempt, kept_chances, published, signalled
+from tests.integration.whole_runs import attempt, kept_chances, published, signalled
 from tests.toy_classifier import WORD, make_classifier
 
 pytestmark = pytest.mark.long

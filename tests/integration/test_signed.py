@@ -15,7 +15,7 @@ from job.common.hashing import sealed
 from job.runs.layout import facts_of
 from tests import warm
 from tests.chaos.small import CONFIGURATIONS, settings
-from tests.integration.test_survival import attempt
+from tests.integration.whole_runs import attempt
 from tests.published_run import rewrite
 from tests.s3_server import BUCKET, CREDENTIALS, credentials, moto_server
 from tests.unit.verification.test_signature import write_key

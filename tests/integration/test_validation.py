@@ -13,7 +13,7 @@ from job.runs.layout import facts_of
 from tests.chaos.small import settings, validation
 from tests.forked import Forks
 from tests.helpers import read_jsonl
-from tests.integration.test_survival import attempt, published
+from tests.integration.whole_runs import attempt, published
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sysconfig
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -113,3 +115,51 @@ def relocate(text: str, places: Mapping[str, Path]) -> str:
     """A value in which paths below mount points are replaced by the volumes' real folders."""
     mounts = "|".join(re.escape(mount) for mount in sorted(places, key=len, reverse=True))
     return re.sub(rf"(^|=|,)({mounts})(?=/|,|$)", lambda m: f"{m[1]}{places[m[2]]}", text)
+
+
+# podFailurePolicy is stable since 1.31.
+VERSIONS = [f"1.{minor}" for minor in range(31, 38)]
+
+
+ENDS = [VERSIONS[0], VERSIONS[-1]]
+
+
+def check_restricted(documents: Sequence[Document]) -> None:
+    """The Pod Security Standard "restricted", and more: read-only root, no token, no links to services."""
+    pod, job = pod_spec(documents), container(documents)
+    security = pod["securityContext"]
+    assert security["runAsNonRoot"] is True
+    assert security["runAsUser"] > 0
+    assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert job["securityContext"]["allowPrivilegeEscalation"] is False
+    assert job["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert job["securityContext"]["readOnlyRootFilesystem"] is True
+    assert not {"hostNetwork", "hostPID", "hostIPC", "initContainers"} & pod.keys()
+    allowed = {"configMap", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
+    for volume in pod["volumes"]:
+        assert volume.keys() - {"name"} <= allowed
+    assert pod["automountServiceAccountToken"] is False
+    assert one(documents, "ServiceAccount")["automountServiceAccountToken"] is False
+    assert pod["enableServiceLinks"] is False
+    assert not {"livenessProbe", "readinessProbe", "startupProbe"} & job.keys()  # the job has a watchdog of its own
+
+
+@cache
+def with_component(name: str, base: str, more: str = "") -> tuple[Document, ...]:
+    """An overlay of the user's own on a shipped one, with a component and more lines; multi-node's pods are set/'s."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        shutil.copytree(KUBERNETES, folder / "kubernetes")
+        own = folder / "own"
+        own.mkdir()
+        added = ""
+        if base == "multi-node":
+            path = folder / "kubernetes/overlays/multi-node/set/kustomization.yaml"
+            text, listed = path.read_text(encoding="utf-8"), "components/eight-gpus\n"
+            assert text.count(listed) == 1
+            path.write_text(text.replace(listed, f"{listed}  - ../../../components/{name}\n"), encoding="utf-8")
+        else:
+            added = f"components: [../kubernetes/components/{name}]\n"
+        text = f"resources: [../kubernetes/overlays/{base}]\n{added}{more}"
+        (own / "kustomization.yaml").write_text(text, encoding="utf-8")
+        return build(str(own))

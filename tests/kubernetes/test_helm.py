@@ -18,18 +18,20 @@ from job.settings.load import load_settings
 from job.settings.schema import NAMES
 from tests.kubernetes.crds import CRDS
 from tests.kubernetes.manifests import (
+    ENDS,
     KUBERNETES,
     OVERLAYS,
     Document,
     build,
+    check_restricted,
     container,
     environment,
     labels,
     one,
     overlay,
     pod_spec,
+    with_component,
 )
-from tests.kubernetes.test_manifests import ENDS, check_restricted, with_component
 
 CHART = KUBERNETES.parent / "helm/qlora-job"
 IMAGE = {"repository": "registry.example.com/qlora-job", "digest": f"sha256:{'0' * 64}"}

@@ -12,9 +12,19 @@ import pytest
 from job.errors import exit_codes
 from job.settings.load import load_settings
 from tests.kubernetes.crds import CRDS
-from tests.kubernetes.manifests import Document, build, container, environment, job_spec, labels, one, overlay
+from tests.kubernetes.manifests import (
+    ENDS,
+    Document,
+    build,
+    check_restricted,
+    container,
+    environment,
+    job_spec,
+    labels,
+    one,
+    overlay,
+)
 from tests.kubernetes.policy import judge_set
-from tests.kubernetes.test_manifests import ENDS, check_restricted
 
 RUNTIME, RUN = build("kubeflow/runtime"), build("kubeflow/trainjob")
 

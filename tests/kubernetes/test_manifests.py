@@ -7,10 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import textwrap
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +23,14 @@ from job.settings.schema import NAMES
 from job.storage.open import Location
 from tests.kubernetes.crds import CRDS
 from tests.kubernetes.manifests import (
+    ENDS,
     JOBS,
     KUBERNETES,
     OVERLAYS,
     SERVICE,
-    Document,
+    VERSIONS,
     build,
+    check_restricted,
     container,
     environment,
     job_spec,
@@ -39,12 +39,10 @@ from tests.kubernetes.manifests import (
     overlay,
     pod_spec,
     relocate,
+    with_component,
 )
 from tests.kubernetes.policy import judge, judge_set
 
-# podFailurePolicy is stable since 1.31.
-VERSIONS = [f"1.{minor}" for minor in range(31, 38)]
-ENDS = [VERSIONS[0], VERSIONS[-1]]
 FOLDERS = ["base", *(f"overlays/{name}" for name in OVERLAYS), "overlays/kueue/queue", "overlays/kueue/topology"]
 
 ACTIONS = {"no": "FailJob", "yes": "Count", "counts against the limit": "Count", "yes, free": "Ignore"}
@@ -213,26 +211,6 @@ def test_the_template_names_what_is_there(name: str) -> None:
             assert one(documents, "PersistentVolumeClaim", claim["claimName"])
     for rule in job_spec(documents)["podFailurePolicy"]["rules"]:
         assert rule.get("onExitCodes", {}).get("containerName", job["name"]) == job["name"]
-
-
-def check_restricted(documents: Sequence[Document]) -> None:
-    """The Pod Security Standard "restricted", and more: read-only root, no token, no links to services."""
-    pod, job = pod_spec(documents), container(documents)
-    security = pod["securityContext"]
-    assert security["runAsNonRoot"] is True
-    assert security["runAsUser"] > 0
-    assert security["seccompProfile"] == {"type": "RuntimeDefault"}
-    assert job["securityContext"]["allowPrivilegeEscalation"] is False
-    assert job["securityContext"]["capabilities"] == {"drop": ["ALL"]}
-    assert job["securityContext"]["readOnlyRootFilesystem"] is True
-    assert not {"hostNetwork", "hostPID", "hostIPC", "initContainers"} & pod.keys()
-    allowed = {"configMap", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
-    for volume in pod["volumes"]:
-        assert volume.keys() - {"name"} <= allowed
-    assert pod["automountServiceAccountToken"] is False
-    assert one(documents, "ServiceAccount")["automountServiceAccountToken"] is False
-    assert pod["enableServiceLinks"] is False
-    assert not {"livenessProbe", "readinessProbe", "startupProbe"} & job.keys()  # the job has a watchdog of its own
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -420,27 +398,6 @@ ONLY = {
 }
 """Components that are not for every overlay -> those that they are tried on."""
 DRA_SINCE = "1.34"
-
-
-@cache
-def with_component(name: str, base: str, more: str = "") -> tuple[Document, ...]:
-    """An overlay of the user's own on a shipped one, with a component and more lines; multi-node's pods are set/'s."""
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        shutil.copytree(KUBERNETES, folder / "kubernetes")
-        own = folder / "own"
-        own.mkdir()
-        added = ""
-        if base == "multi-node":
-            path = folder / "kubernetes/overlays/multi-node/set/kustomization.yaml"
-            text, listed = path.read_text(encoding="utf-8"), "components/eight-gpus\n"
-            assert text.count(listed) == 1
-            path.write_text(text.replace(listed, f"{listed}  - ../../../components/{name}\n"), encoding="utf-8")
-        else:
-            added = f"components: [../kubernetes/components/{name}]\n"
-        text = f"resources: [../kubernetes/overlays/{base}]\n{added}{more}"
-        (own / "kustomization.yaml").write_text(text, encoding="utf-8")
-        return build(str(own))
 
 
 def tried() -> Iterator[Any]:

@@ -13,8 +13,7 @@ from job.records import RunFigures, TrainingProgress
 from job.runs.layout import Stage
 from job.settings.load import exporters, load_settings
 from job.tracking.live_metrics import GAUGES, LiveMetrics
-from tests.kubernetes.manifests import KUBERNETES, container, environment, job_spec, labels, one
-from tests.kubernetes.test_manifests import with_component
+from tests.kubernetes.manifests import KUBERNETES, container, environment, job_spec, labels, one, with_component
 
 DASHBOARD: dict[str, Any] = json.loads((KUBERNETES / "grafana-dashboard.json").read_text(encoding="utf-8"))
 EXPORTED = {gauge.prometheus for gauge in GAUGES}

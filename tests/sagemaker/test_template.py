@@ -133,7 +133,9 @@ def without_conditions(policy: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("parameters", [{}, EVERYTHING], ids=["alone", "with everything"])
 def test_nothing_broader(parameters: dict[str, str]) -> None:
     """No action is a pattern, and no resource is everything, but for what AWS cannot narrow down."""
-    for statement in Stack(**parameters).statements:
+    statements = list(Stack(**parameters).statements)
+    assert statements
+    for statement in statements:
         actions = set(statement["Action"])
         assert statement["Effect"] == "Allow"
         assert not any("*" in action for action in actions)

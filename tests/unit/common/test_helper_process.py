@@ -1,4 +1,4 @@
-"""Tests for job.common.helper_process."""
+"""A helper process runs a module, and ends with the context that started it."""
 
 from __future__ import annotations
 

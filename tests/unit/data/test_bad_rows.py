@@ -10,7 +10,7 @@ import pytest
 from job.common.bad_row_reasons import REASONS, with_reasons
 from job.data import formats
 from job.errors import DataError
-from tests.unit.data.test_dataset import lines, load
+from tests.unit.data.loaded_rows import lines, load
 
 
 def test_all_faults_are_counted_and_twenty_named(tmp_path: Path) -> None:

@@ -14,15 +14,12 @@ from hypothesis import strategies as st
 
 from job.common.source_list import Source
 from job.data import sources
-from job.data.dataset import load_examples
 from job.data.formats import SUFFIXES, Row
 from job.errors import DataError, SettingsError
-from job.records import DatasetRecord, Example
-from tests.helpers import READING
 from tests.toy_tokenizer import CHATML, toy_tokenizer
+from tests.unit.data.loaded_rows import ALPACA, lines, load, text_of
 from tests.unit.data.test_formats import write_rows
 
-ALPACA = Path(__file__).parents[4] / "shared" / "data" / "alpaca.jsonl.gz"
 per_example = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 PLAIN = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12)
@@ -30,25 +27,6 @@ FULL = PLAIN.filter(str.strip)
 ALPACA_ROWS = st.lists(
     st.fixed_dictionaries({"instruction": PLAIN, "input": PLAIN, "output": FULL, "text": PLAIN}), min_size=1, max_size=6
 )
-
-
-def load(
-    source: Path | str | tuple[Source, ...], tokenizer: Any = None, **changes: Any
-) -> tuple[list[Example], DatasetRecord]:
-    """`load_examples` with the arguments that a test leaves alone."""
-    options = READING | {"max_length": 2000, "tokenizer": tokenizer or toy_tokenizer()}
-    return load_examples(source if isinstance(source, tuple) else str(source), **options | changes)
-
-
-def lines(path: Path, *rows: Any) -> Path:
-    """A JSONL file; a row that is bytes is written as it is."""
-    path.write_bytes(b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows))
-    return path
-
-
-def text_of(example: Example) -> str:
-    """The text an example was made from, without the special tokens around it."""
-    return str(toy_tokenizer().decode(example.input_ids[1:-1]))
 
 
 def test_the_record_says_what_was_read(tmp_path: Path) -> None:

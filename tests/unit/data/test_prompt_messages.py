@@ -13,7 +13,7 @@ from job.errors import DataError
 from job.records import Example
 from tests.helpers import READING
 from tests.toy_tokenizer import CHATML
-from tests.unit.data.test_dataset import lines
+from tests.unit.data.loaded_rows import lines
 from tests.unit.data.test_turns import (
     ASK,
     CALL,

@@ -16,7 +16,7 @@ from job.model.tokenizer import load_tokenizer
 from tests.helpers import tokens_of
 from tests.reading_reference import read_plainly
 from tests.toy_tokenizer import CHATML, toy_tokenizer
-from tests.unit.data.test_dataset import ALPACA, lines, load
+from tests.unit.data.loaded_rows import ALPACA, lines, load
 
 DEMO = Path(__file__).parents[3] / "job" / "demo" / "base"
 MARKED = (

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from job.errors import DataError
-from tests.unit.data.test_dataset import lines, load, text_of
+from tests.unit.data.loaded_rows import lines, load, text_of
 
 
 def test_rows_that_fit_no_schema_say_what_they_have(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from job.data.token_cache import load_tokens
 from job.errors import DataError, Preempted, Problem, SettingsError
 from tests.helpers import READING, encoded
 from tests.toy_tokenizer import toy_tokenizer
-from tests.unit.data.test_dataset import lines, load, text_of
+from tests.unit.data.loaded_rows import lines, load, text_of
 
 
 def test_a_relative_path_says_where_it_was_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from job.errors import DataError
 from job.records import SafetyRecord
 from tests.helpers import READING, alpaca_rows
 from tests.toy_tokenizer import CHATML, toy_tokenizer
-from tests.unit.data.test_dataset import lines
+from tests.unit.data.loaded_rows import lines
 
 ROOT = Path(__file__).parents[3]
 

@@ -16,7 +16,7 @@ from job.errors import DataError, SettingsError
 from job.records import DatasetRecord, Example
 from tests.helpers import READING
 from tests.toy_tokenizer import CHATML, toy_tokenizer
-from tests.unit.data.test_dataset import lines
+from tests.unit.data.loaded_rows import lines
 
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "the cat"}}}

@@ -31,7 +31,7 @@ from job.data.tokenization import Encoded
 from job.errors import DataError, JobError, Killed, Preempted, TrainingFailed
 from tests.helpers import alpaca_rows
 from tests.toy_tokenizer import CHATML, toy_tokenizer
-from tests.unit.data.test_dataset import lines, load
+from tests.unit.data.loaded_rows import lines, load
 from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[3]

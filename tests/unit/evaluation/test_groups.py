@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import yaml
 from scipy.stats import ttest_1samp, ttest_ind
 
 from job.errors import SettingsError
@@ -20,49 +19,9 @@ from job.evaluation.task_names import check_tasks, tasks_of
 from job.evaluation.tasks import Tasks, load_tasks
 from job.records import Answer, ChoiceScore, Evaluated, GroupSpec, MeasuredScores, Metric, Question, TaskScores
 from tests.helpers import write_jsonl
-from tests.unit.evaluation.test_task_files import write_task
+from tests.unit.evaluation.example_tasks import SIZES, write_group
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:lm_eval.*")
-
-SIZES = {"few": 4, "many": 9, "said": 6}
-
-
-def write_choices(folder: Path, name: str, questions: int) -> None:
-    """A multiple-choice task of the group, in a file beside it."""
-    rows = [{"q": f"{name} {n}?", "choices": ["one", "two", "three"], "gold": n % 3} for n in range(questions)]
-    write_jsonl(folder / f"{name}.jsonl", rows)
-    task = {
-        "task": name,
-        "output_type": "multiple_choice",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}},
-        "test_split": "test",
-        "doc_to_text": "{{q}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "gold",
-        "metric_list": [{"metric": "acc"}, *([{"metric": "acc_norm"}] if name == "many" else [])],
-    }
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
-
-
-def write_group(folder: Path, **changes: Any) -> Path:
-    """A group of three tasks: two of choices, one of generated answers."""
-    for name in ("few", "many"):
-        write_choices(folder, name, SIZES[name])
-    write_task(folder, task="said", num_fewshot=0, questions=SIZES["said"]).rename(folder / "said.yaml")
-    group = {
-        "group": "own",
-        "task": ["few.yaml", "many.yaml", "said.yaml"],
-        "aggregate_metric_list": [
-            {"metric": "acc", "weight_by_size": True},
-            {"metric": "acc_norm", "weight_by_size": False},
-            {"metric": "exact_match", "filter_list": "none"},
-        ],
-        "metadata": {"version": 3},
-    } | changes
-    path = folder / "own.yaml"
-    path.write_text(yaml.safe_dump({k: v for k, v in group.items() if v is not None}), encoding="utf-8")
-    return path
 
 
 def scored(tasks: Tasks, tokenizer: Any, seed: int) -> Evaluated:

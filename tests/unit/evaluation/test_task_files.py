@@ -7,40 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from job.errors import DataError, SettingsError
 from job.evaluation.task_files import read_task_file
 from job.evaluation.task_names import check_tasks
 from job.evaluation.tasks import load_tasks
 from tests.helpers import write_jsonl
+from tests.unit.evaluation.example_tasks import write_task
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:lm_eval.*")
-
-TASK: dict[str, Any] = {
-    "task": "sums",
-    "output_type": "generate_until",
-    "dataset_path": "json",
-    "dataset_kwargs": {"data_files": {"test": "test.jsonl", "train": "train.jsonl"}},
-    "test_split": "test",
-    "fewshot_split": "train",
-    "num_fewshot": 2,
-    "doc_to_text": "Question: {{question}}\nAnswer:",
-    "doc_to_target": " {{answer}}",
-    "generation_kwargs": {"until": ["\n", "Question:"], "max_gen_toks": 8},
-    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-}
-
-
-def write_task(folder: Path, *, questions: int = 12, **changes: Any) -> Path:
-    """The file of an arithmetic task, with its questions and examples beside it; a change to None removes a field."""
-    rows = [{"question": f"what is {n} and {n + 2}?", "answer": str(2 * n + 2)} for n in range(questions + 5)]
-    write_jsonl(folder / "test.jsonl", rows[5:])
-    write_jsonl(folder / "train.jsonl", rows[:5])
-    config = {name: value for name, value in (TASK | changes).items() if value is not None}
-    path = folder / "sums.yaml"
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    return path
 
 
 def prompts(tasks: Any) -> list[str]:

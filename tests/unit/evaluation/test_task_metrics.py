@@ -30,7 +30,7 @@ from job.evaluation.token_sampling import Sampling
 from job.records import Answer, MeasuredScores, Metric
 from job.results.reader import LARGEST_NUMBER
 from tests.helpers import fill_adapter, make_model, write_jsonl
-from tests.unit.evaluation.test_task_files import write_task
+from tests.unit.evaluation.example_tasks import write_prose, write_task
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:lm_eval.*")
 
@@ -45,27 +45,6 @@ WINDOW = 32
 def model(folder: Path) -> Any:
     """The tiny base, as the job evaluates it."""
     return fill_adapter(make_model(folder)).eval()
-
-
-def write_prose(folder: Path) -> Path:
-    """The file of a perplexity task with texts of one window and of several."""
-    chance = random.Random(5)
-    words = ["it", "is", "the", "one", "which", "they", "say", "of", "them", "and", "so", "on"]
-    texts = [" ".join(chance.choices(words, k=length)) for length in (3, 9, 30, 60)]
-    write_jsonl(folder / "texts.jsonl", [{"text": text} for text in texts])
-    path = write_task(
-        folder,
-        task="prose",
-        output_type="loglikelihood_rolling",
-        dataset_kwargs={"data_files": {"test": "texts.jsonl"}},
-        fewshot_split=None,
-        num_fewshot=None,
-        doc_to_text="",
-        doc_to_target="{{text}}",
-        generation_kwargs=None,
-        metric_list=[{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
-    )
-    return path.rename(folder / "prose.yaml")
 
 
 def run(

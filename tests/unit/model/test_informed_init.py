@@ -62,6 +62,7 @@ def test_eva_is_the_same_every_time(base_folder: Path, quantization: str) -> Non
     """Bit for bit, whatever the adapter held before; and it changes nothing yet."""
     how: dict[str, Any] = {"quantization": quantization, "rank": 4, "options": FEW}
     first, second = (eva(change(make_model(base_folder, **how))) for change in (lambda model: model, fill_adapter_a))
+    assert trainable(first)
     for name, parameter in trainable(first).items():
         assert torch.equal(parameter, trainable(second)[name])
         assert bool(parameter.any()) == (".lora_A." in name)
@@ -97,13 +98,15 @@ def test_loftq_begins_with_what_quantization_took_away(base_folder: Path, rslora
     model = make_model(base_folder, quantization="nf4", rank=8, options=AdapterOptions(use_rslora=rslora))
     init_loftq(model, base_folder)
     own = dict(AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32).named_parameters())
-    for name, layer in model.get_base_model().named_modules():
-        if isinstance(layer, LoraLayer):
-            error = own[f"{name}.weight"] - dequantize_module_weight(layer.get_base_layer())
-            theirs = _low_rank_decomposition(error, 8)
-            ours = layer.get_delta_weight("default")
-            torch.testing.assert_close(ours, theirs["L"] @ theirs["R"], rtol=1e-3, atol=1e-5)
-            assert (error - ours).norm() < 0.95 * error.norm()
+    modules = model.get_base_model().named_modules()
+    layers = {name: layer for name, layer in modules if isinstance(layer, LoraLayer)}
+    assert len(layers) == 14, "seven in each of two decoder layers"
+    for name, layer in layers.items():
+        error = own[f"{name}.weight"] - dequantize_module_weight(layer.get_base_layer())
+        theirs = _low_rank_decomposition(error, 8)
+        ours = layer.get_delta_weight("default")
+        torch.testing.assert_close(ours, theirs["L"] @ theirs["R"], rtol=1e-3, atol=1e-5)
+        assert (error - ours).norm() < 0.95 * error.norm()
 
 
 def test_loftq_brings_the_answers_nearer(base_folder: Path) -> None:

@@ -21,9 +21,9 @@ from job.model.lora import trainable
 from job.model.published_names import PublishedNames
 from job.model.start_adapter import CONFIG, WEIGHTS, check_start, check_start_fits, find_start, hash_start, load_start
 from job.storage.open import StorageOptions, open_store
+from tests.dataset_hub import COMMIT, OTHER, Hub, ask, serving
 from tests.helpers import fill_adapter, make_model
 from tests.s3_server import BUCKET, credentials, moto_server
-from tests.unit.storage.test_hub import COMMIT, OTHER, Hub, ask, serving
 
 NAMES = PublishedNames("")
 

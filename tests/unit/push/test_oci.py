@@ -19,7 +19,7 @@ from job.push.oci import OciTarget
 from job.push.oci_image import image_digest, layers_of, write_layer
 from job.records import Artifact
 from job.settings.load import load_settings
-from tests.unit.storage.test_hub import serving
+from tests.dataset_hub import serving
 from tests.unit.tracking.test_kubernetes_progress import files as certificate  # noqa: F401 - a fixture
 
 CONTENT = {"README.md": b"# card\n", "adapter_model.safetensors": b"w" * 600, "merged/config.json": b"{}"}

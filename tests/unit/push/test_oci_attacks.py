@@ -21,8 +21,8 @@ from job.push import oci
 from job.push.files import PushContent
 from job.push.oci import OciTarget
 from job.push.oci_image import image_digest
+from tests.dataset_hub import serving
 from tests.unit.push.test_oci import written
-from tests.unit.storage.test_hub import serving
 
 PASSWORD = "a-password-that-stays-at-home"
 TOKEN = "a-token-that-stays-at-home"

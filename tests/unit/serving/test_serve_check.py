@@ -31,7 +31,7 @@ from job.serving.servers import (
     running_server,
     server_kind,
 )
-from tests.unit.storage.test_hub import serving
+from tests.dataset_hub import serving
 
 CHOICES = ("Sorrowby", "Gulholm", "Dunmarsh")
 QUESTIONS = tuple(f"Question: Where is the home of number {n}?\nAnswer:" for n in range(6))

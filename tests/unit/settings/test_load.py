@@ -1159,7 +1159,9 @@ class TestMethods:
     def test_both_stages_have_the_webhook(self) -> None:
         """The address itself, not the asterisks that stand for it in what is printed."""
         given = ["--train.method=sft,dpo", "--data.sft_source=a.jsonl"]
-        for stage in split_stages(load_settings(given, {"JOB_NOTIFY__WEBHOOK": "https://hooks.example/x"})):
+        stages = split_stages(load_settings(given, {"JOB_NOTIFY__WEBHOOK": "https://hooks.example/x"}))
+        assert len(stages) == 2
+        for stage in stages:
             assert stage.notify.webhook is not None
             assert stage.notify.webhook.get_secret_value() == "https://hooks.example/x"
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,17 +25,15 @@ from job.model.model_record import describe_model
 from job.model.packed_attention import NAME, use
 from job.model.published_names import PublishedNames
 from job.model.quantized_cache.layout import CachedBase
-from job.preemption.stop_flag import StopFlag
 from job.records import PEFT, Example, ExecutionPlan, Exported, Packing, QuantizationRecord, ScoringPrecision, Trained
 from job.runs.attempt import Attempt
-from job.runs.fault_injection import arm
-from job.runs.open_attempt import open_attempt
 from job.settings.load import Settings, load_settings
 from job.stages.export import export
 from job.stages.export_check import check_export
 from job.stages.handoff import Loaded, Sources
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
+from tests.attempts import opened_attempt
 from tests.example_run import TRAINING
 from tests.helpers import arc_rows, fill_adapter, make_base, make_model, read_jsonl, write_jsonl
 from tests.unit.stages.example_sources import example_sources
@@ -101,19 +97,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(folder)
 
 
-@contextmanager
-def attempt_at(folder: Path, through: ObjectStore | None = None) -> Iterator[Attempt]:
-    """An attempt at the run in a folder."""
-    store = LocalStore(folder)
-    how = {"cache": str(folder.parent / "cache"), "stop": StopFlag(), "report_progress": lambda: None}
-    with open_attempt(through or store, {}, faults=arm((), store), **how) as attempt:  # type: ignore[arg-type]
-        attempt.run = "0" * 64
-        yield attempt
-
-
 def run(world: World, folder: Path, *words: str, original: bool = True) -> Exported:
     """The stage, undisturbed."""
-    with attempt_at(folder) as attempt:
+    with opened_attempt(folder) as attempt:
         trained = world.trained(attempt.store)
         found = export(attempt, world.settings(*words), world.sources(original=original), world.loaded(), trained)
     assert found is not None
@@ -148,7 +134,7 @@ def test_exports_are_scored_in_the_precision_of_the_base(
     """All of them in fp16, layers of another library within it in their own dtype; the record says so."""
     candidate = in_8_bits[1].exports[0].candidate
     words = ("--export.formats=adapter:bf16,merged,fp8", f"--export.merge_onto={candidate}")
-    with attempt_at(tmp_path / "run") as attempt:
+    with opened_attempt(tmp_path / "run") as attempt:
         precision = ScoringPrecision("fp16", "fp32", "a test")
         given = (world.settings(*words), world.sources(), world.loaded(), world.trained(attempt.store))
         found = export(attempt, *given, precision=precision)
@@ -177,7 +163,7 @@ def test_a_base_that_changed_meanwhile_is_refused(world: World, tmp_path: Path) 
     other = World(tmp_path / "world")
     sources = other.sources(original=False)
     (other.folder / "base/generation_config.json").write_text("{}")
-    with attempt_at(tmp_path / "run") as attempt:
+    with opened_attempt(tmp_path / "run") as attempt:
         trained = other.trained(attempt.store)
         with pytest.raises(DataError, match="has changed since this run began"):
             export(attempt, other.settings(), sources, other.loaded(), trained)
@@ -198,7 +184,7 @@ def test_a_restart_uploads_only_what_is_missing(world: World, whole: tuple[Path,
             raise Preempted("in the middle")
 
     def attempted(through: ObjectStore) -> Exported | None:
-        with attempt_at(folder, through) as attempt:
+        with opened_attempt(folder, through) as attempt:
             trained = world.trained(attempt.store)
             return export(attempt, world.settings(), world.sources(), world.loaded(), trained)
 
@@ -226,7 +212,7 @@ def test_what_cannot_be_exported_is_refused_before_training(
 ) -> None:
     """An impossible merge, and a disk or a memory that is too small, are known when the model is loaded."""
     loaded, base = world.loaded(), world.folder / "base"
-    with attempt_at(tmp_path / "run") as attempt:
+    with opened_attempt(tmp_path / "run") as attempt:
         found = check(attempt, world.settings(), base, loaded)
         assert found.names == ("original", "dequantized")
         assert found.bytes_each == pytest.approx((base / "model.safetensors").stat().st_size, rel=0.02)
@@ -310,7 +296,7 @@ def test_calibration_rows_are_those_of_the_batch_plan(
     monkeypatch.setitem(DERIVED, "w4a16", replace(DERIVED["fp8"], make=make))  # type: ignore[misc]
     sources = replace(world.sources(), examples=examples)
     words = ("--export.formats=w4a16", "--export.calibration_rows=5", "--export.merge_onto=original", "--run.seed=3")
-    with attempt_at(tmp_path / "run") as attempt:
+    with opened_attempt(tmp_path / "run") as attempt:
         trained = world.trained(attempt.store)
         found = export(attempt, world.settings(*words), sources, world.loaded(), trained)
     assert found is not None
@@ -366,7 +352,7 @@ def test_what_cannot_be_scored_is_published_as_such(
     assert found.exports[1].scores == {"original": {}}
     assert found.exports[1].published
     assert artifacts_below(found, "fp8/")
-    with attempt_at(tmp_path / "other") as attempt:
+    with opened_attempt(tmp_path / "other") as attempt:
         gated = world.settings("--export.formats=fp8", "--gate.on=fp8", "--gate.min_delta=0")
         with pytest.raises(SettingsError, match="JOB_GATE__ON: fp8 cannot be scored here: no reader is installed"):
             check(attempt, gated, world.folder / "base", world.loaded())
@@ -419,7 +405,7 @@ def test_gguf_is_scored_on_the_same_questions_and_resumes_by_its_scores(world: W
             raise Preempted("before the upload")
 
     def attempted(through: ObjectStore) -> Exported | None:
-        with attempt_at(folder, through) as attempt:
+        with opened_attempt(folder, through) as attempt:
             trained = world.trained(attempt.store)
             return export(attempt, world.settings(*GGUF), world.sources(), world.loaded(), trained)
 
@@ -506,7 +492,7 @@ def test_a_restart_scores_no_copy_again(world: World, copied: tuple[Path, Export
                 raise Preempted("in the middle")
 
     def attempted() -> Exported | None:
-        with attempt_at(folder, WrappedStore(LocalStore(folder), before=before)) as attempt:
+        with opened_attempt(folder, WrappedStore(LocalStore(folder), before=before)) as attempt:
             trained = world.trained(attempt.store)
             words = ("--export.formats=adapter:bf16,adapter:fp16",)
             return export(attempt, world.settings(*words), world.sources(), world.loaded(), trained)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,14 @@ from job.model.model_record import describe_model
 from job.model.packed_attention import NAME, use
 from job.model.published_names import PublishedNames
 from job.model.quantized_cache.layout import CachedBase
-from job.preemption.stop_flag import StopFlag
 from job.records import PEFT, Evaluated, ExecutionPlan, Packing
-from job.runs.attempt import Attempt
-from job.runs.fault_injection import arm
-from job.runs.open_attempt import open_attempt
 from job.settings.load import Settings, load_settings
 from job.stages import full_precision
 from job.stages.full_precision import evaluate_bases
 from job.stages.handoff import Loaded, Sources
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
+from tests.attempts import opened_attempt
 from tests.helpers import arc_rows, make_base, make_model, write_jsonl
 from tests.unit.stages.example_sources import example_sources
 from tests.wrapped_store import WrappedStore
@@ -74,16 +70,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(folder)
 
 
-@contextmanager
-def attempt_at(folder: Path, through: ObjectStore | None = None) -> Iterator[Attempt]:
-    """An attempt at the run in a folder."""
-    store = LocalStore(folder)
-    how = {"cache": str(folder.parent / "cache"), "stop": StopFlag(), "report_progress": lambda: None}
-    with open_attempt(through or store, {}, faults=arm((), store), **how) as attempt:  # type: ignore[arg-type]
-        attempt.run = "0" * 64
-        yield attempt
-
-
 def run(
     world: World,
     runs: Path,
@@ -94,7 +80,7 @@ def run(
 ) -> Evaluated:
     """The stage of the run `name` in the store `runs`."""
     settings = world.settings(f"--run.output={runs}", f"--run.id={name}", *words)
-    with attempt_at(runs / name, through) as attempt:
+    with opened_attempt(runs / name, through) as attempt:
         found = evaluate_bases(attempt, settings, world.sources(), world.loaded(quantization))
     assert found is not None
     return found

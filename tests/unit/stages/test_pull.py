@@ -42,10 +42,10 @@ from job.stages.pull_rows import fetch_rows
 from job.storage.open import StorageOptions, open_store
 from tests import warm
 from tests.attempts import make_attempt
+from tests.dataset_hub import COMMIT, Hub, serving
 from tests.example_run import DATASET
 from tests.helpers import arc_rows, write_jsonl
 from tests.s3_server import BUCKET, CREDENTIALS, credentials, moto_server
-from tests.unit.storage.test_hub import COMMIT, Hub, serving
 
 DEMO = Path(__file__).parents[3] / "job" / "demo" / "base"
 FETCHED: list[str] = []

@@ -23,10 +23,7 @@ from job.model.model_record import describe_model
 from job.model.packed_attention import NAME, use
 from job.model.published_names import PublishedNames
 from job.model.quantized_cache.layout import CachedBase
-from job.preemption.stop_flag import StopFlag
 from job.records import PEFT, Evaluated, ExecutionPlan, FullPrecision, Packing, ScoringPrecision
-from job.runs.fault_injection import arm
-from job.runs.open_attempt import open_attempt
 from job.settings.load import load_settings
 from job.settings.schema import Eval
 from job.stages import full_precision, scoring_precision
@@ -35,7 +32,7 @@ from job.stages.handoff import Loaded
 from job.stages.scoring_precision import agree_on_attention, choose_precision
 from job.storage.local import LocalStore
 from job.storage.open import ObjectStore
-from tests.attempts import make_attempt
+from tests.attempts import make_attempt, opened_attempt
 from tests.helpers import (
     LINEAR,
     arc_rows,
@@ -109,10 +106,7 @@ def run(
     settings = load_settings([*own, *words], {})
     loaded = loaded_base(world, dtype, quantization, factor)
     sources = replace(example_sources(world), examples=make_examples(6))  # type: ignore[arg-type]
-    store = LocalStore(runs / "one")
-    how: dict[str, Any] = {"cache": str(runs / "cache"), "stop": StopFlag(), "report_progress": lambda: None}
-    with open_attempt(through or store, {}, faults=arm((), store), **how) as attempt:
-        attempt.run = "0" * 64
+    with opened_attempt(runs / "one", through) as attempt:
         found = evaluate_bases(attempt, settings, sources, loaded)
     assert found is not None
     return found

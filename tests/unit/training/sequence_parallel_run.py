@@ -70,7 +70,7 @@ def train(run: Run) -> None:
     from job.training import long_rows, micro_batch, step, trainer
     from job.training.config import Hooks
     from tests.unit.training.test_sequence_parallel import DIVIDED, EXAMPLES, RECIPE, VALIDATION, fused
-    from tests.unit.training.test_trainer import adapter_hash
+    from tests.unit.training.training_runs import adapter_hash
 
     for module in (long_rows, micro_batch, step):
         module.LONG_ROW = 40

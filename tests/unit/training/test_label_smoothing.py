@@ -16,7 +16,8 @@ from job.records import ExecutionPlan
 from job.training import trainer
 from job.training.packing import alone_inputs
 from tests.helpers import fill_adapter, make_examples, make_model
-from tests.unit.training.test_trainer import LAYERS, PLAN, RECIPE, THROUGHOUT, assert_same, fused_model, gradients, run
+from tests.unit.training.recipes import PLAN
+from tests.unit.training.training_runs import LAYERS, RECIPE, THROUGHOUT, assert_same, fused_model, gradients, run
 
 EXAMPLES = make_examples(5)
 SMOOTHING = 0.1

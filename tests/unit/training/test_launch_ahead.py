@@ -34,14 +34,13 @@ from job.training.trainer import train
 from tests.helpers import make_model
 from tests.unit.common.test_optimizers import make
 from tests.unit.training.recipes import PLAN
-from tests.unit.training.test_trainer import (
+from tests.unit.training.test_trainer import Beside, Launched
+from tests.unit.training.training_runs import (
     EXAMPLES,
     LONGER,
     RECIPE,
     RESUMED,
     THROUGHOUT,
-    Beside,
-    Launched,
     adapter_hash,
     fused_model,
     run,

@@ -37,7 +37,7 @@ from tests.helpers import LINEAR, deepened, fill_adapter, load_plain, make_examp
 from tests.unit.model.test_placed_weights import team
 from tests.unit.training import recipes
 from tests.unit.training.test_step import make_step
-from tests.unit.training.test_trainer import adapter_hash, run
+from tests.unit.training.training_runs import adapter_hash, run
 
 CPU = torch.device("cpu")
 LONG = 40

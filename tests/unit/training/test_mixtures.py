@@ -17,7 +17,7 @@ from job.records import Example
 from tests.families.models import make_model
 from tests.helpers import fill_adapter, load_plain, make_examples
 from tests.unit.training.recipes import RECIPE
-from tests.unit.training.test_trainer import adapter_hash, assert_same, facts, gradients, run
+from tests.unit.training.training_runs import adapter_hash, assert_same, facts, gradients, run
 
 ROUTED = {"attention": ("q_proj", "k_proj", "v_proj", "o_proj"), "experts": ("gate_up_proj", "down_proj")}
 

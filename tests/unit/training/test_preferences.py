@@ -17,8 +17,9 @@ from job.model.packed_attention import use
 from job.training.config import Preference
 from job.training.preference_gradient import reference_log_probs
 from tests.helpers import fill_adapter, make_model
+from tests.unit.training.recipes import PLAN
 from tests.unit.training.test_objectives import make_labelled, make_pairs, with_references
-from tests.unit.training.test_trainer import LAYERS, PLAN, RESUMED, THROUGHOUT, adapter_hash, facts, fused_model, run
+from tests.unit.training.training_runs import LAYERS, RESUMED, THROUGHOUT, adapter_hash, facts, fused_model, run
 
 METHOD = pytest.mark.parametrize("method", [name for name in METHODS if name != "sft"])
 ROWS = 20

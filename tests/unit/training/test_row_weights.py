@@ -14,9 +14,9 @@ from job.data.training_and_validation import ValidationSource, load_rows
 from job.errors import DataError
 from job.training.trainer import Hooks, train
 from tests.helpers import READING, alpaca_rows, fill_adapter, make_examples, make_model, write_jsonl
-from tests.unit.training.test_trainer import (
+from tests.unit.training.recipes import PLAN
+from tests.unit.training.training_runs import (
     LONGER,
-    PLAN,
     RECIPE,
     RESUMED,
     THROUGHOUT,

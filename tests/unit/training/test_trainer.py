@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ import torch
 from accelerate.utils import environment as accelerate_environment
 from safetensors.torch import load_file, save_file
 from structlog.testing import capture_logs
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from job.checkpoints.trainer_state import ComputationOptions, read_computation_options, validate_trainer_state
 from job.common.optimizers import OPTIMIZERS
@@ -30,87 +27,27 @@ from job.model.fused.frozen_weights import fuse_layers
 from job.model.fused.kernels import TORCH
 from job.model.lora import add_adapter, trainable
 from job.model.packed_layout import Segment
-from job.records import Example, ExecutionPlan, Question, StepMetrics
+from job.records import Example, Question, StepMetrics
 from job.training import packing, padded_shapes
-from job.training.config import Hooks, Recipe, TrainingResult, step_seed, total_steps
+from job.training.config import Hooks, step_seed, total_steps
 from job.training.packing import packed_inputs
 from job.training.trainer import train
 from tests.helpers import EOS, LINEAR, PAD, fill_adapter, make_examples, make_model, with_new_tokens
-from tests.unit.training import recipes
 from tests.unit.training.recipes import PLAN
-
-EXAMPLES = make_examples(8)
-RECIPE = replace(
-    recipes.RECIPE,
-    weight_decay=0.01,
-    max_grad_norm=1e9,  # so that the gradient that reaches the optimizer is the step's own
-    save_every_steps=1000,
+from tests.unit.training.training_runs import (
+    EXAMPLES,
+    LAYERS,
+    LONGER,
+    RECIPE,
+    RESUMED,
+    THROUGHOUT,
+    adapter_hash,
+    assert_same,
+    facts,
+    fused_model,
+    gradients,
+    run,
 )
-LAYERS = replace(PLAN, forward="fused layers, torch")
-"""The fused layers on sequences without padding."""
-THROUGHOUT = replace(PLAN, forward="fused all, torch")
-"""The same on padded ones, as on a GPU but without CUDA graphs."""
-
-
-def run(
-    model: Any,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    recipe: Recipe,
-    folder: Path,
-    *,
-    plan: ExecutionPlan = PLAN,
-    stop_after: int | None = None,
-    resume: Path | None = None,
-    longest_at: str = "",
-) -> tuple[TrainingResult, list[Path]]:
-    """Trains, and stops after so many steps if asked to; returns the saved states too."""
-    steps: list[StepMetrics] = []
-    saved: list[Path] = []
-    hooks = Hooks(
-        steps.append,
-        lambda path, _: saved.append(path),
-        lambda: len(steps) == stop_after,
-        place_of=lambda _tokens: longest_at,
-    )
-    made = train(model, tokenizer, examples, recipe=recipe, plan=plan, hooks=hooks, folder=folder, resume=resume)
-    return made, saved
-
-
-@contextmanager
-def gradients(model: Any) -> Iterator[list[dict[str, torch.Tensor]]]:
-    """Collects, for each optimizer step within it, the gradients that the optimizer gets, by name of the parameter."""
-    found: list[dict[str, torch.Tensor]] = []
-
-    def note(optimizer: Any, *_: Any) -> None:
-        got = sum(float(p.grad.square().sum()) for group in optimizer.param_groups for p in group["params"])
-        found.append({name: p.grad.detach().clone() for name, p in trainable(model).items() if p.grad is not None})
-        assert got == pytest.approx(sum(float(x.square().sum()) for x in found[-1].values()), rel=1e-5)
-
-    handle = register_optimizer_step_pre_hook(note)
-    try:
-        yield found
-    finally:
-        handle.remove()
-
-
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
-    """Each parameter's gradient is the same within a tolerance relative to its norm, and none is missing or zero."""
-    assert one.keys() == other.keys()
-    assert one
-    for place, gradient in one.items():
-        assert gradient.norm() > 0
-        assert (gradient - other[place]).norm() <= tolerance * gradient.norm(), place
-
-
-def adapter_hash(model: Any) -> str:
-    """Hash of all bits of the adapter."""
-    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in trainable(model).values())).hexdigest()
-
-
-def facts(trained: TrainingResult) -> str:
-    """All that the metrics say but for what a clock measured."""
-    return json.dumps([{k: v for k, v in asdict(step).items() if k != "measured"} for step in trained.history])
 
 
 def plain_trl(
@@ -296,13 +233,6 @@ def test_a_flat_row_holds_no_padding() -> None:
     assert inputs["position_ids"].tolist() == [[place for e in examples for place in range(len(e.input_ids))]]
 
 
-def fused_model(base_folder: Path, *, fp8: bool = False, **made: Any) -> Any:
-    """The tiny model with the fused layers, as a GPU runs it."""
-    model = fill_adapter(make_model(base_folder, **made))
-    assert fuse_layers(model, keep_dequantized=True, kernels=TORCH, fp8=fp8) == "all"
-    return model
-
-
 @pytest.mark.parametrize("prompt", [0.0, 0.5], ids=["all", "completion"])
 @pytest.mark.parametrize("budget", [10_000, 90])
 def test_padding_changes_nothing_but_rounding(
@@ -340,19 +270,6 @@ def test_what_lies_in_the_padding_does_not_matter(
         results.append((trained.history[0].loss, found[0]))
     assert results[0][0] == results[1][0]
     assert_same(results[0][1], results[1][1], 0.0)
-
-
-LONGER = make_examples(20)
-"""Three steps an epoch, the last of four examples."""
-RESUMED = replace(
-    RECIPE,
-    total_steps=6,
-    warmup_steps=2,
-    max_grad_norm=1.0,
-    micro_batch_tokens=150,
-    save_every_steps=2,
-    learning_rate=2e-3,
-)
 
 
 KNOBS: dict[str, dict[str, Any]] = {
@@ -592,6 +509,7 @@ def test_a_killed_run_goes_on_from_any_state(base_folder: Path, tokenizer: Any, 
     recipe = replace(RESUMED, optimizer="adamw_8bit")
     whole = make_model(base_folder, quantization="nf4", dropout=0.1)
     uninterrupted, saved = run(whole, tokenizer, LONGER, recipe, tmp_path / "whole")
+    assert len(saved) == 3, "after every second of six steps"
     for state in saved:
         model = make_model(base_folder, quantization="nf4", dropout=0.1)
         resumed, _ = run(model, tokenizer, LONGER, recipe, tmp_path / "resumed", resume=state)

@@ -10,10 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -28,56 +26,12 @@ from job.verification.verify import require_verified, verify
 from tests import clouds, warm
 from tests.chaos.small import settings
 from tests.flaky_proxy import flaky
-from tests.helpers import read_jsonl
+from tests.integration.whole_runs import attempt, published
 from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 NAMING_THE_DATA = {"artifacts/adapter/README.md", "artifacts/bom.cdx.json"}
 """Artifacts that say where the data lies."""
-
-
-def attempt(environment: Mapping[str, str], source: str = "", **changes: str) -> subprocess.CompletedProcess[str]:
-    """One start of the job, to its end; or of a program that starts it, such as that of `signalled`."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("JOB_")}
-    return warm.run([], {**clean, **environment, **changes}, source=source)
-
-
-def signalled(number: signal.Signals, owner: str, name: str, call: int = 1, first: str = "") -> str:
-    """A program: the job, which gets a signal when it calls a function for the `call`-th time.
-
-    Args:
-        number: The signal.
-        owner: The function's module, or its class as `module:Class`.
-        name: The function's.
-        call: Which call.
-        first: Statements before the job starts.
-    """
-    return f"""
-import os, pkgutil, job.cli.main
-{first}
-owner, calls = pkgutil.resolve_name({owner!r}), []
-plain = getattr(owner, {name!r})
-def counted(*given, **named):
-    calls.append(given)
-    if len(calls) == {call}:
-        os.kill(os.getpid(), {int(number)})
-    return plain(*given, **named)
-setattr(owner, {name!r}, counted)
-raise SystemExit(job.cli.main.main([]))
-"""
-
-
-def kept_chances(scores: Path) -> list[int]:
-    """Numbers of the chunks whose probabilities, or judgements, were kept below a folder of scores, in order."""
-    lines = [line for path in scores.glob("*/*.jsonl") for line in read_jsonl(path)]
-    return sorted(line["row"] for line in lines if "chances" in line)
-
-
-def published(output: Path, run: str) -> dict[str, str]:
-    """The facts of a finished run, which verifies."""
-    with tempfile.TemporaryDirectory() as work:
-        require_verified(verify(open_run(str(output / run)), Path(work)))
-    return facts_of(json.loads((output / run / "results.json").read_text(encoding="utf-8")))
 
 
 @pytest.fixture(scope="module")

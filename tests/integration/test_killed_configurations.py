@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.small import CONFIGURATIONS, settings
-from tests.integration.test_survival import attempt, published
+from tests.integration.whole_runs import attempt, published
 
 WAYS = ("weights", "chat", "chat-unmarked", "split-texts", "ipo-start", "muon", "noise", "stable-decay", "mixture")
 
@@ -16,7 +16,7 @@ WAYS = ("weights", "chat", "chat-unmarked", "split-texts", "ipo-start", "muon", 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the base is, and what the runs read."""
-    return tmp_path_factory.mktemp("ways")
+    return tmp_path_factory.mktemp("configurations")
 
 
 @pytest.mark.long

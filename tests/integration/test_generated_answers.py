@@ -15,8 +15,7 @@ from job.common.hashing import sealed
 from job.demo.make import HERE as DEMO
 from tests import warm
 from tests.helpers import read_jsonl, write_jsonl
-from tests.unit.evaluation.test_task_files import write_task
-from tests.unit.evaluation.test_task_metrics import write_prose
+from tests.unit.evaluation.example_tasks import write_prose, write_task
 
 pytestmark = pytest.mark.long
 GSM8K: dict[str, Any] = {

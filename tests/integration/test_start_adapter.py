@@ -15,11 +15,11 @@ from job.model.published_names import PublishedNames
 from job.model.start_adapter import CONFIG, WEIGHTS, hash_start
 from job.storage.open import StorageOptions, open_store
 from tests.chaos.small import settings
+from tests.dataset_hub import COMMIT, OTHER, serving
 from tests.helpers import fill_adapter, make_model
-from tests.integration.test_survival import attempt, published
+from tests.integration.whole_runs import attempt, published
 from tests.s3_server import BUCKET, CREDENTIALS, credentials, moto_server
 from tests.unit.model.test_start_adapter import hub_of
-from tests.unit.storage.test_hub import COMMIT, OTHER, serving
 
 
 class Place:
