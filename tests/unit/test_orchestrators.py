@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -52,7 +53,20 @@ def test_the_settings_are_the_jobs() -> None:
         assert settings.run.id == "my-first-run"
         patience = DSTACK_PATIENCE if environ is by_name else re.findall(r"--stop-timeout (\d+)", SKYPILOT["run"])[0]
         assert int(patience) > settings.run.grace_seconds
-    assert set(re.findall(r"--env (JOB_RUN__\w+)", SKYPILOT["run"])) == SKYPILOT["envs"].keys() - {"IMAGE"}
+
+
+def test_skypilot_passes_every_setting_to_the_container(tmp_path: Path) -> None:
+    """Variables that a user adds to `envs` reach the job, as the page says; so does the hub's token."""
+    docker = tmp_path / "docker"
+    docker.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    docker.chmod(0o755)
+    environ = {**SKYPILOT["envs"], **SKYPILOT["secrets"], "JOB_TRAIN__EPOCHS": "3", "JOB_DATA__SOURCE": "a b.jsonl"}
+    environ["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    command = ["bash", "-c", SKYPILOT["run"]]
+    words = subprocess.run(command, env=environ, capture_output=True, text=True, check=True).stdout.splitlines()
+    passed = {name for option, name in itertools.pairwise(words) if option == "--env" and "=" not in name}
+    assert passed == {name for name in environ if name.startswith("JOB_")} | {"HF_TOKEN"}
+    assert words[-1] == SKYPILOT["envs"]["IMAGE"]
 
 
 def test_skypilot_s_machines_can_write_to_the_bucket() -> None:
