@@ -149,6 +149,7 @@ ERRORS: list[tuple[Exception, type[Exception], str]] = [
     (of_library("mine", "InvalidURL"), Exception, "it says so"),
     (of_library("mine", "LocalEntryNotFoundError"), Exception, "it says so"),
     (of_library("mine", "DatasetsError"), Exception, "it says so"),
+    (of_library("requests.exceptions", "HTTPError", response=5), Exception, "it says so"),
     (ImportError("no module named x"), ImportError, "no module"),
     (TypeError("of this program"), TypeError, "of this program"),
     (KeyError("of this program"), KeyError, "of this program"),
@@ -164,13 +165,33 @@ def test_errors_of_the_hub_and_others(error: Exception, kind: type[Exception], w
     """Each by its kind, also as the cause of another; what is not about the hub passes unchanged."""
     with pytest.raises(kind, match=words) as caught, hub_errors("x"):
         raise error
-    if not isinstance(caught.value, JobError) or isinstance(error, JobError):
+    if isinstance(error, kind):
         assert caught.value is error
         return
     assert caught.value.__cause__ is error
     if not words.startswith(("cannot be read", "lists a file")):  # of the outer error alone, as the data that it names
         with pytest.raises(kind, match=words), hub_errors("x"):
             raise RuntimeError("the outer error") from error
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "kind", "words"),
+    [
+        (errors.LocalEntryNotFoundError("no"), refused(403), AccessDenied, "has no access"),
+        (
+            errors.LocalEntryNotFoundError("no"),
+            OSError(errno.ENOSPC, "full"),
+            Unreachable,
+            "the disk of the cache is full",
+        ),
+        (refused(503), of_library("httpx", "UnsupportedProtocol"), SettingsError, "HF_ENDPOINT"),
+        (Preempted("stop"), ConnectionError("reset"), Preempted, "stop"),
+    ],
+)
+def test_which_error_of_several_it_is(error: Exception, cause: Exception, kind: type[JobError], words: str) -> None:
+    """The cause says more than its wrapper, a full disk more than a missing file; errors of the job pass."""
+    with pytest.raises(kind, match=words), hub_errors("x"):
+        raise error from cause
 
 
 @pytest.mark.parametrize(
