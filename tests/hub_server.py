@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -44,9 +45,11 @@ class Hub:
         requests: `METHOD path` of every request.
         role: Of the token.
         scoped: Permissions of a fine-grained token.
+        orgs: Role by organization; None for an account of which the hub lists none, and nothing of its token.
         refuse: (method, path) -> the status to answer with; None to answer.
         before_commit: Called once before the next commit is made.
         ignored: Paths that a .gitignore excludes.
+        altered: Paths that have other bytes in a commit than were sent.
         part: Bytes of a part; larger files are uploaded in several.
     """
 
@@ -57,9 +60,11 @@ class Hub:
     requests: list[str] = field(default_factory=list)
     role: str = "write"
     scoped: list[dict[str, Any]] | None = None
+    orgs: dict[str, str] | None = field(default_factory=lambda: {"lab": "write", "guests": "read", "shut": "no_access"})
     refuse: Callable[[str, str], int | None] = lambda _method, _path: None
     before_commit: Callable[[], None] | None = None
     ignored: frozenset[str] = frozenset()
+    altered: frozenset[str] = frozenset()
     part: int = 100
 
     def commit(self, repo: str, branch: str, files: dict[str, bytes], title: str = "by hand") -> str:
@@ -149,8 +154,11 @@ class _Handler(BaseHTTPRequestHandler):
         access: dict[str, Any] = {"role": self.hub.role}
         if self.hub.scoped is not None:
             access = {"role": "fineGrained", "fineGrained": {"scoped": self.hub.scoped}}
-        orgs = [{"name": "lab", "roleInOrg": "write"}, {"name": "guests", "roleInOrg": "read"}]
-        self._answer({"type": "user", "name": "me", "orgs": orgs, "auth": {"accessToken": access}})
+        account: dict[str, Any] = {"type": "user", "name": "me"}
+        if self.hub.orgs is not None:
+            orgs = [{"name": name, "roleInOrg": role} for name, role in self.hub.orgs.items()]
+            account |= {"orgs": orgs, "auth": {"accessToken": access}}
+        self._answer(account)
 
     def _create(self, body: dict[str, Any]) -> None:
         repo = f"{body['organization'] or 'me'}/{body['name']}"
@@ -256,6 +264,9 @@ class _Handler(BaseHTTPRequestHandler):
                 tree[value["path"]] = {"oid": value["oid"][:40], "size": value["size"], "lfs": lfs}
             else:
                 tree[value["path"]] = _blob(base64.b64decode(value["content"]))
+        for path in hub.altered & tree.keys():
+            facts = tree[path].get("lfs", tree[path])
+            facts["oid"] = facts["oid"][::-1]
         commit = hub.add(commits, header["value"]["summary"], header["value"]["description"], tree)
         self._answer({"commitUrl": f"https://huggingface.co/{repo}/commit/{commit}", "commitOid": commit})
 
@@ -283,8 +294,11 @@ class _Handler(BaseHTTPRequestHandler):
             {"type": "file", "path": path, **{name: value for name, value in entry.items() if name != "data"}}
             for path, entry in commit["tree"].items()
         ]
-        folders = sorted({path.partition("/")[0] for path in commit["tree"] if "/" in path})
-        self._answer([*({"type": "directory", "path": name, "oid": "0" * 40} for name in folders), *shown])
+        folders = {str(folder) for path in commit["tree"] for folder in PurePosixPath(path).parents if folder.name}
+        listed = [*({"type": "directory", "path": name, "oid": "0" * 40} for name in sorted(folders)), *shown]
+        if "recursive=true" not in self.path.lower():
+            listed = [entry for entry in listed if "/" not in entry["path"]]
+        self._answer(listed)
 
     def _repository(self, repo: str) -> Repository | None:
         if repo not in self.hub.repositories:

@@ -252,7 +252,9 @@ FORMS = {
         *(("gs", variable) for variable in GOOGLE),
         ("az", "AZURE_FEDERATED_TOKEN_FILE"),
         ("s3", "AWS_WEB_IDENTITY_TOKEN_FILE"),
+        ("s3", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"),
         ("s3", "AWS_SHARED_CREDENTIALS_FILE"),
+        ("s3", "AWS_CONFIG_FILE"),
     ],
 )
 def test_a_key_in_place_of_its_file(

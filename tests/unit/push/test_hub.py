@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +21,8 @@ from job.cli.push import push_command
 from job.common.hashing import sealed
 from job.errors import AccessDenied, DataError, GateError, JobError, SettingsError, Unreachable, VerificationError
 from job.push.files import PushFile
-from job.push.hub import HubTarget, _groups
-from job.push.push import check_targets, push_run, recorded
+from job.push.hub import HubTarget, _error_of_answer, _groups
+from job.push.push import check_targets, content_of, push_run, recorded
 from job.records import Artifact
 from job.results.completed import read_complete
 from job.results.delivery import model_path
@@ -207,7 +210,8 @@ def test_two_attempts_at_once_make_one_commit(hub: Hub, run: LocalStore) -> None
 def test_a_later_run_replaces_what_an_earlier_one_left(hub: Hub, run: LocalStore) -> None:
     """Files of a pushed format that are not part of it go with the same commit; others stay as they are."""
     hub.create(REPO)
-    hub.commit(REPO, "main", {"merged/model-00002-of-00002.safetensors": b"old", "notes/mine.txt": b"mine"})
+    old = {"merged/model-00002-of-00002.safetensors": b"old", "merged/of/old.json": b"old"}
+    hub.commit(REPO, "main", {**old, "notes/mine.txt": b"mine"})
     push(run)
     assert held(hub) == {**expected(run), "notes/mine.txt": b"mine"}
 
@@ -217,6 +221,99 @@ def test_a_branch_is_made_and_main_stays(hub: Hub, run: LocalStore) -> None:
     push(run, HubTarget(REPO, "runs/first"))
     assert held(hub, branch="runs/first") == expected(run)
     assert held(hub) == {}
+
+
+def test_a_branch_that_has_moved_away_from_main(hub: Hub, run: LocalStore, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is replaced, compared, shown and found again is that of the branch."""
+    hub.create(REPO)
+    hub.repositories[REPO].branches["runs"] = [*hub.repositories[REPO].branches["main"]]
+    hub.commit(REPO, "runs", {"merged/old.safetensors": b"old"})
+    hub.commit(REPO, "main", {"merged/of-main.safetensors": b"mine"})
+    assert push_command([run.uri, f"--hub={REPO}", "--hub-revision=runs", "--dry-run"]) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines() if re.match("  +(new|delete|same|ch)", line)]
+    assert [(words[0], words[-1]) for words in shown if words[0] != "new"] == [("delete", "merged/old.safetensors")]
+    assert [words[-1] for words in shown] == sorted(words[-1] for words in shown)
+    commit = push(run, HubTarget(REPO, "runs"))
+    assert held(hub, branch="runs") == expected(run)
+    assert held(hub) == {"merged/of-main.safetensors": b"mine"}
+    hub.commit(REPO, "runs", {"merged/config.json": b"by hand, after the push"})
+    assert push(run, HubTarget(REPO, "runs"), again=True) == commit
+    assert hub.titles(REPO, "runs")[-2:] == ["qlora-job: run first", "by hand"]
+
+
+def test_a_commit_of_other_content_is_not_taken_for_this_one(hub: Hub, run: LocalStore, tmp_path: Path) -> None:
+    """Neither of a run of the same name with other files, nor of another run with the same ones."""
+    whole = content_of(run, read_published(run).results, tmp_path)
+    part = replace(whole, files=whole.files[:1])
+    commits = [HubTarget(REPO).push(content) for content in (part, whole, part)]
+    assert commits[0] == commits[2] != commits[1]
+    hub.commit(REPO, "main", {"merged/config.json": b"by hand"})
+    HubTarget(REPO).push(replace(whole, run="second"))
+    assert hub.titles(REPO)[1:] == ["qlora-job: run first"] * 2 + ["by hand", "qlora-job: run second"]
+    assert held(hub) == expected(run)
+
+
+def test_another_attempt_makes_the_repository_first(hub: Hub, run: LocalStore) -> None:
+    """Between the question whether it is there and its creation: it is taken as it is."""
+
+    def created(method: str, path: str) -> None:
+        if path.endswith("/repos/create") and REPO not in hub.repositories:
+            hub.create(REPO)
+
+    hub.refuse = created
+    push(run)
+    assert held(hub) == expected(run)
+
+
+def test_a_file_that_arrives_with_other_bytes_is_an_error(hub: Hub, run: LocalStore) -> None:
+    """Of a small file as of a large one: the commit is compared with the run, and not believed."""
+    for path in ("merged/config.json", "merged/model.safetensors"):
+        hub.altered = frozenset({path})
+        repo = f"me/{path.partition('/')[2]}"
+        with pytest.raises(DataError, match=f"{repo}/{path}: has other bytes in commit"):
+            push(run, HubTarget(repo))
+
+
+def test_a_branch_that_others_commit_to_all_the_time(hub: Hub, run: LocalStore) -> None:
+    """The commit is tried four times, each time on the new head."""
+    hub.refuse = lambda _method, path: 412 if "/commit/" in path else None
+    with pytest.raises(Unreachable, match=f"others committed to {REPO}@main 4 times during the push"):
+        push(run)
+    assert [request for request in hub.requests if "/commit/" in request] == [
+        f"POST /api/models/{REPO}/commit/main"
+    ] * 4
+
+
+class Stop(BaseException):
+    """What the job ends with."""
+
+
+@pytest.mark.parametrize("copies", [3, 1])
+def test_a_stop_is_seen_before_an_upload_and_before_the_commit(
+    hub: Hub, run: LocalStore, tmp_path: Path, copies: int
+) -> None:
+    """When files have been copied, and when the large ones have been uploaded: the hub gets nothing more."""
+    content = content_of(run, read_published(run).results, tmp_path / "work")
+    large = len([file for file in content.files if file.path.endswith(".safetensors")])
+
+    def stop() -> None:
+        copied = [entry for entry in (tmp_path / "work").rglob("[!.]*") if entry.is_file()]
+        if len(copied) == (len(content.files) if copies > 1 else len(content.files) - large):
+            raise Stop
+
+    (tmp_path / "work").mkdir()
+    with pytest.raises(Stop):
+        HubTarget(REPO).push(replace(content, check_stop=stop))
+    assert len(hub.objects) == (0 if copies > 1 else large)
+    assert hub.titles(REPO) == ["initial commit"]
+
+
+def test_the_words_of_a_hub_that_refuses() -> None:
+    """They are passed on, as far as they are short."""
+    for words, shown in (("this name is taken", "this name is taken"), ("x" * 300, "x" * 200), (None, "")):
+        headers = {} if words is None else {"X-Error-Message": words}
+        error = _error_of_answer(SimpleNamespace(status_code=400, headers=headers), REPO)
+        assert str(error).strip().endswith(f"{REPO}: the hub refuses (HTTP 400) {shown}".strip())
 
 
 def test_a_public_repository_is_refused_unless_asked_for(hub: Hub, run: LocalStore) -> None:
@@ -252,7 +349,9 @@ def test_a_commit_without_a_file_is_an_error(hub: Hub, run: LocalStore) -> None:
 REFUSALS: list[tuple[str, int, type[JobError], str]] = [
     ("/commit/", 401, AccessDenied, "HF_TOKEN may not write"),
     ("/repos/create", 403, AccessDenied, "HF_TOKEN may not write"),
+    ("/commit/", 404, AccessDenied, "HF_TOKEN may not write"),
     ("/commit/", 409, Unreachable, "others committed"),
+    ("/commit/", 408, Unreachable, "HTTP 408"),
     ("/commit/", 429, Unreachable, "HTTP 429"),
     ("/preupload/", 500, Unreachable, "HTTP 500"),
     ("/lfs/", 503, Unreachable, "HTTP 503"),
@@ -277,14 +376,19 @@ def test_tokens_that_may_not_write_are_refused_before_training(
     """A read token, a foreign namespace, an organization that only reads, a fine-grained token, a wrong one, none."""
     assert "will be created as private" in check_targets([HubTarget(REPO)])["JOB_EXPORT__HUB"]
     assert "will be created as private" in check_targets([HubTarget("lab/model")])["JOB_EXPORT__HUB"]
-    for repo in ("others/model", "guests/model"):
+    for repo in ("others/model", "guests/model", "shut/model"):
         with pytest.raises(AccessDenied, match="neither the user of HF_TOKEN nor an organization"):
             check_targets([HubTarget(repo)])
     hub.scoped = [{"entity": {"name": "lab"}, "permissions": ["repo.write"]}]
     check_targets([HubTarget("lab/model")])
-    with pytest.raises(AccessDenied, match="fine-grained"):
-        check_targets([HubTarget(REPO)])
-    hub.scoped, hub.role = None, "read"
+    none = list[dict[str, Any]]()
+    for scoped in (hub.scoped, none, [{"entity": {"name": "me"}, "permissions": ["repo.content.read"]}], [{}]):
+        hub.scoped = scoped
+        with pytest.raises(AccessDenied, match="fine-grained"):
+            check_targets([HubTarget(REPO)])
+    hub.scoped, orgs, hub.orgs = None, hub.orgs, None
+    assert "will be created as private" in check_targets([HubTarget(REPO)])["JOB_EXPORT__HUB"]
+    hub.orgs, hub.role = orgs, "read"
     with pytest.raises(AccessDenied, match="may only read"):
         check_targets([HubTarget(REPO)])
     hub.role = "write"
@@ -356,8 +460,9 @@ def test_a_dry_run_shows_and_writes_nothing(hub: Hub, run: LocalStore, capsys: p
     assert all(f"  {path}" in shown for path in expected(run))
     assert hub.repositories == {}
     hub.create(REPO)
-    config = expected(run)["merged/config.json"]
-    others = {"merged/config.json": config, "adapter_model.safetensors": b"other", "merged/old.safetensors": b"old"}
+    config, adapter = (expected(run)[path] for path in ("merged/config.json", "adapter_model.safetensors"))
+    others = {"merged/config.json": config, "merged/old.safetensors": b"old"}
+    others["adapter_model.safetensors"] = adapter[:-1] + bytes([adapter[-1] ^ 1])
     hub.commit(REPO, "main", others)
     assert push_command([run.uri, f"--hub={REPO}", "--dry-run"]) == 0
     found = {

@@ -70,6 +70,28 @@ def test_a_layer_holds_readable_files_in_folders(tmp_path: Path, monkeypatch: py
         assert extracted.read() == CONTENT["README.md"]
 
 
+def test_which_files_share_a_layer() -> None:
+    """Those below 16 MiB; the digests of images that were pushed depend on it, and `verify` computes them again."""
+
+    def layers(*sizes: int) -> list[list[int]]:
+        files = [PushFile(Artifact(str(at), size, "0" * 64), str(at)) for at, size in enumerate(sizes)]
+        return [[file.bytes for file in group] for group in layers_of(files)]
+
+    limit = 16 * 1024 * 1024
+    assert layers(1, limit, limit - 1, limit + 1) == [[limit], [limit + 1], [1, limit - 1]]
+    assert layers(limit) == [[limit]]
+    assert layers() == []
+
+
+def test_a_layer_names_every_folder(tmp_path: Path) -> None:
+    """A runtime that makes missing ones itself may close them to all but root."""
+    (tmp_path / "x").write_bytes(b"x")
+    target = io.BytesIO()
+    write_layer([PushFile(Artifact("x", 1, "0" * 64), "merged/of/x")], {"merged/of/x": tmp_path / "x"}, target)
+    with tarfile.open(fileobj=io.BytesIO(target.getvalue())) as tar:
+        assert tar.getnames() == ["models", "models/merged", "models/merged/of", "models/merged/of/x"]
+
+
 @pytest.mark.parametrize(
     ("status", "kind"),
     [(401, AccessDenied), (403, AccessDenied), (404, SettingsError), (429, Unreachable), (503, Unreachable)],

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,9 +37,11 @@ class State:
         blobs: By digest.
         manifests: By `repository:reference`.
         uploads: Bytes of the uploads that are going on.
+        login: What it wants as `Authorization: Basic`; None for nothing.
         answer: (handler, method, path) -> whether it has answered in its own, bad way.
         seen: (method, path, Authorization) of every request.
         bearer: Whether it wants a token, and where from.
+        token: The one that it takes.
         told: The digest that it tells of every manifest; None for the right one.
     """
 
@@ -47,12 +50,18 @@ class State:
     uploads: dict[str, bytes] = field(default_factory=dict)
     answer: Callable[[Any, str, str], bool] = lambda _handler, _method, _path: False
     seen: list[tuple[str, str, str | None]] = field(default_factory=list)
+    login: str | None = None
     bearer: str | None = None
+    token: str = TOKEN
     told: str | None = None
 
 
 class Registry(BaseHTTPRequestHandler):
-    """The distribution protocol, as far as pushes speak it."""
+    """The distribution protocol, as far as pushes speak it.
+
+    As real registries do, it refuses a manifest that names what it does not hold, or comes with another media type,
+    hides an index from clients that do not accept one, and wants the media type of bytes with every upload.
+    """
 
     state: State
     protocol_version = "HTTP/1.1"
@@ -65,9 +74,8 @@ class Registry(BaseHTTPRequestHandler):
         if state.answer(self, self.command, parts.path):
             return
         if parts.path == "/token":
-            self.reply(200, {"token": TOKEN})
-        elif state.bearer is not None and self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            challenge = f'Bearer realm="{state.bearer}/token",service="r",scope="repository:lab/model:pull,push"'
+            self.reply(200, {"token": state.token})
+        elif (challenge := self._challenge()) is not None:
             self.reply(401, {}, {"Www-Authenticate": challenge})
         elif parts.path == "/v2/":
             self.reply(200, {})
@@ -82,7 +90,22 @@ class Registry(BaseHTTPRequestHandler):
         else:
             self._manifest(parts.path.rpartition("/")[2], body)
 
+    def _challenge(self) -> str | None:
+        state, given = self.state, self.headers.get("Authorization")
+        if state.login is not None and given != f"Basic {state.login}":
+            return 'BASIC realm="here"'
+        if state.bearer is not None and given != f"Bearer {state.token}":
+            return f'Bearer realm="{state.bearer}/token",service="r",scope="repository:lab/model:pull,push"'
+        return None
+
     def _upload(self, name: str, query: dict[str, list[str]], body: bytes) -> None:
+        if self.command == "DELETE":
+            del self.state.uploads[name]
+            self.reply(204)
+            return
+        if body and self.headers.get("Content-Type") != "application/octet-stream":
+            self.reply(400, {"errors": [{"code": "BLOB_UPLOAD_INVALID"}]})
+            return
         whole = self.state.uploads[name] = self.state.uploads[name] + body
         if self.command == "PATCH":
             self.reply(202, None, {"Location": self.path.partition("?")[0], "Range": f"0-{len(whole) - 1}"})
@@ -96,12 +119,23 @@ class Registry(BaseHTTPRequestHandler):
 
     def _manifest(self, reference: str, body: bytes) -> None:
         if self.command == "PUT":
-            self.state.manifests[reference] = body
-            self.reply(201, None, {"Docker-Content-Digest": self._digest(body)})
-        elif reference not in self.state.manifests:
+            facts = json.loads(body)
+            named = [facts["config"], *facts["layers"]] if "config" in facts else facts["manifests"]
+            there = self.state.blobs if "config" in facts else self.state.manifests
+            digest = f"sha256:{hashlib.sha256(body).hexdigest()}"
+            if self.headers.get("Content-Type") != facts["mediaType"] or (":" in reference and reference != digest):
+                self.reply(400, {"errors": [{"code": "MANIFEST_INVALID"}]})
+            elif any(one["digest"] not in there for one in named):
+                self.reply(400, {"errors": [{"code": "MANIFEST_BLOB_UNKNOWN"}]})
+            else:
+                self.state.manifests[reference] = body
+                self.reply(201, None, {"Docker-Content-Digest": self._digest(body)})
+            return
+        held = self.state.manifests.get(reference)
+        if held is None or json.loads(held)["mediaType"] not in self.headers.get("Accept", ""):
             self.reply(404)
         else:
-            self.reply(200, None, {"Docker-Content-Digest": self._digest(self.state.manifests[reference])})
+            self.reply(200, None, {"Docker-Content-Digest": self._digest(held)})
 
     def _digest(self, data: bytes) -> str:
         return self.state.told or f"sha256:{hashlib.sha256(data).hexdigest()}"
@@ -111,7 +145,8 @@ class Registry(BaseHTTPRequestHandler):
         data = b"" if value is None else json.dumps(value).encode()
         self.send_response(status)
         for name, text in {"Content-Length": str(len(data)), "Retry-After": "0", **(headers or {})}.items():
-            self.send_header(name, text)
+            if text:
+                self.send_header(name, text)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
@@ -127,9 +162,9 @@ class Registry(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def registry(state: State) -> Iterator[str]:
+def registry(state: State, tls: ssl.SSLContext | None = None) -> Iterator[str]:
     """Its address, host and port."""
-    with serving(type("Own", (Registry,), {"state": state})) as address:
+    with serving(type("Own", (Registry,), {"state": state}), tls) as address:
         yield address.removeprefix("http://")
 
 
@@ -227,11 +262,16 @@ def test_a_redirect_to_another_host_gets_no_credentials(
     assert [authorization for _, _, authorization in other.seen if authorization] == []
 
 
+@pytest.mark.parametrize("asks", [False, True])
 def test_an_upload_location_on_another_host_gets_no_credentials(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, asks: bool
 ) -> None:
-    """An upload may be sent to another host, such as a bucket: it gets the bytes, and neither password nor token."""
+    """An upload may be sent to another host, such as a bucket: it gets the bytes, and neither password nor token.
+
+    Nor does a host that asks for them, and names itself as the place to get a token from.
+    """
     with two_hosts(monkeypatch) as (state, other, address, foreign):
+        other.bearer = f"http://{foreign}" if asks else None
 
         def elsewhere(handler: Any, method: str, _path: str) -> bool:
             if method != "POST" or handler.headers.get("Authorization") != f"Bearer {TOKEN}":
@@ -246,14 +286,15 @@ def test_an_upload_location_on_another_host_gets_no_credentials(
     assert [authorization for _, _, authorization in other.seen if authorization] == []
 
 
-def test_a_registry_without_chunked_uploads_gets_whole_ones(tmp_path: Path) -> None:
+@pytest.mark.parametrize("status", [404, 405, 411, 415, 416, 501])
+def test_a_registry_without_chunked_uploads_gets_whole_ones(tmp_path: Path, status: int) -> None:
     """What is refused in chunks is sent in one request; the version is the same."""
     state = State()
 
     def no_chunks(handler: Any, method: str, _path: str) -> bool:
         if method != "PATCH":
             return False
-        handler.reply(405, {"errors": [{"code": "UNSUPPORTED"}]})
+        handler.reply(status, {"errors": [{"code": "UNSUPPORTED"}]})
         return True
 
     state.answer = no_chunks

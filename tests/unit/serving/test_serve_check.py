@@ -5,10 +5,15 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import re
+import subprocess
+import sys
+import time
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +31,7 @@ from job.serving.servers import (
     WAYS,
     Answer,
     Model,
+    _end,
     installed_server,
     model_name,
     running_server,
@@ -244,15 +250,152 @@ def test_what_goes_wrong_has_its_code() -> None:
         installed_server(Model("adapter", Path("/tmp"), "org/base", 16))
 
 
-def test_command_lines_of_servers() -> None:
-    """VLLM gets the adapter as a LoRA module with the smallest rank limit it knows; the merged model by its folder."""
-    vllm = SERVERS["vllm"]
+def test_command_lines_of_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """VLLM gets the adapter as a LoRA module with the smallest rank limit it knows; the merged model by its folder.
+
+    Every server answers this machine only, at the port that it is told.
+    """
+    monkeypatch.setattr("shutil.which", lambda name, **_given: f"/bin/{name}")
+    vllm, address = SERVERS["vllm"], ["--host", "127.0.0.1", "--port", "8000"]
     assert vllm.command is not None
-    words = vllm.command(Model("adapter", Path("/runs/a"), "org/base", 24), 8000)
-    assert words[1:7] == ["serve", "org/base", "--enable-lora", "--max-lora-rank", "32", "--lora-modules"]
-    assert "run=/runs/a" in words
-    assert vllm.command(Model("merged", Path("/runs/m")), 8000)[2] == "/runs/m"
+    lora = ["--enable-lora", "--max-lora-rank", "32", "--lora-modules", "run=/runs/a"]
+    adapter = Model("adapter", Path("/runs/a"), "org/base", 24)
+    assert vllm.command(adapter, 8000) == ["/bin/vllm", "serve", "org/base", *lora, *address]
+    merged = Model("merged", Path("/runs/m"))
+    assert vllm.command(merged, 8000) == ["/bin/vllm", "serve", "/runs/m", "--served-model-name", "run", *address]
+    unranked = vllm.command(Model("adapter", Path("/runs/a"), "org/base"), 8000)
+    assert unranked[unranked.index("--max-lora-rank") + 1] == "8"
+    transformers = SERVERS["transformers"]
+    assert transformers.command is not None
+    module = [sys.executable, "-m", "transformers.cli.transformers"]
+    assert transformers.command(merged, 8000) == [*module, "serve", "/runs/m", *address]
     assert [name for name, server in SERVERS.items() if server.serves("gguf:q8_0")] == ["llama.cpp"]
+
+
+def test_where_the_program_of_a_server_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On PATH, which comes first, or next to this Python, whose environment may not be on PATH."""
+    for folder in ("path", "environment"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "vllm").touch(0o755)
+    monkeypatch.setattr("sys.executable", str(tmp_path / "environment/python"))
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    command = SERVERS["vllm"].command
+    assert command is not None
+    for folder in ("path", "environment"):
+        assert command(Model("merged", tmp_path), 1)[0] == str(tmp_path / folder / "vllm")
+        (tmp_path / folder / "vllm").unlink()
+    assert SERVERS["vllm"].missing == ["vllm"]
+
+
+PROGRAM = """
+import json, os, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+class Healthy(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+Path(sys.argv[2]).write_text(json.dumps({"pid": os.getpid(), **os.environ}))
+HTTPServer(("127.0.0.1", int(sys.argv[1])), Healthy).serve_forever()
+"""
+"""A server that says that it is ready, and writes its environment to a file."""
+
+
+def as_server(monkeypatch: pytest.MonkeyPatch, program: str, *words: str, name: str = "vllm") -> None:
+    """Has a server of the table be this program of Python."""
+
+    def command(_model: Model, port: int) -> list[str]:
+        return [sys.executable, "-c", program, str(port), *words]
+
+    server = replace(SERVERS[name], program=None, needs=(), command=command)
+    monkeypatch.setattr("job.serving.servers.SERVERS", {**SERVERS, name: server})
+
+
+@pytest.mark.parametrize(("name", "base"), [("vllm", None), ("vllm", "org/base"), ("transformers", None)])
+def test_a_server_that_is_started_and_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, base: str | None
+) -> None:
+    """It asks the hub for nothing, unless the base is to come from there; when it is done with, its process is gone."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("OF_THIS_MACHINE", "kept")
+    as_server(monkeypatch, PROGRAM, str(tmp_path / "environment"), name=name)
+    with running_server(name, Model("adapter" if base else "merged", tmp_path, base, 8)) as (client, served):
+        assert client.is_healthy()
+    assert served == (str(tmp_path) if name == "transformers" else "run")
+    found = json.loads((tmp_path / "environment").read_text())
+    assert found["HF_HUB_OFFLINE"] == ("0" if base else "1")
+    assert (found["HF_HUB_DISABLE_TELEMETRY"], found["OF_THIS_MACHINE"]) == ("1", "kept")
+    with pytest.raises(ProcessLookupError):
+        os.kill(found["pid"], 0)
+
+
+def test_a_server_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of what it said is in the error, at once if its process ends, and after a time limit if not."""
+    monkeypatch.setattr("job.serving.servers._START_SECONDS", 60)
+    says = "import sys; sys.stderr.buffer.write(b'the beginning ' + 2000 * b'\\xe4' + b' the end')"
+    as_server(monkeypatch, says)
+    began = time.monotonic()
+    with pytest.raises(Unreachable, match=r"^vllm did not start: \ufffd+ the end$"):
+        running_server("vllm", Model("merged", tmp_path)).__enter__()
+    assert time.monotonic() - began < 50
+    monkeypatch.setattr("job.serving.servers._START_SECONDS", 0.3)
+    as_server(monkeypatch, "import signal; signal.pause()")
+    with pytest.raises(Unreachable, match="vllm did not start"):
+        running_server("vllm", Model("merged", tmp_path)).__enter__()
+
+
+def test_a_server_that_does_not_end_is_killed() -> None:
+    """One that ignores the first signal would keep the GPU's memory."""
+    calls = list[str]()
+
+    class Process:
+        def terminate(self) -> None:
+            calls.append("terminate")
+
+        def wait(self, seconds: float | None = None) -> None:
+            calls.append(f"wait {seconds}")
+            if seconds is not None:
+                raise subprocess.TimeoutExpired("it", seconds)
+
+        def kill(self) -> None:
+            calls.append("kill")
+
+    _end(Process())  # type: ignore[arg-type]
+    assert calls == ["terminate", "wait 20", "kill", "wait None"]
+
+
+def test_a_format_that_a_server_does_not_serve(tmp_path: Path) -> None:
+    """It is refused before anything is started."""
+    for name, model in (("llama.cpp", "merged"), ("vllm", "gguf:q8_0"), ("transformers", "adapter")):
+        with pytest.raises(SettingsError, match=f"--server: {name} does not serve {model}"):
+            running_server(name, Model(model, tmp_path)).__enter__()
+
+
+def test_llama_cpp_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It loads the first of the files of a model, answers one request at once, and may not load a file that is none."""
+    asked = list[SimpleNamespace]()
+
+    def made(options: SimpleNamespace) -> SimpleNamespace:
+        asked.append(options)
+        if "broken" in options.model.path:
+            raise RuntimeError("no magic")
+        return SimpleNamespace(listening_address=f"{address}/")
+
+    library = SimpleNamespace(CommonParams=lambda: SimpleNamespace(model=SimpleNamespace(path=None)), Server=made)
+    monkeypatch.setitem(sys.modules, "xllamacpp", library)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: True)
+    for number in (2, 1, 3):
+        (tmp_path / f"model-0000{number}-of-00003.gguf").touch()
+    (tmp_path / "broken").touch()
+    with serving(Llama) as address:
+        with running_server("llama.cpp", Model("gguf:q8_0", tmp_path)) as (client, name):
+            assert (client.url, name) == (address, "run")
+        with pytest.raises(Unreachable, match=r"llama\.cpp does not load gguf:q4_0: no magic"):
+            running_server("llama.cpp", Model("gguf:q4_0", tmp_path / "broken")).__enter__()
+    assert [Path(options.model.path).name for options in asked] == ["model-00001-of-00003.gguf", "broken"]
+    assert (asked[0].n_parallel, asked[0].warmup, asked[0].fit_params) == (1, False, False)
 
 
 def test_what_is_missing_is_named_before_anything_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,10 +560,11 @@ def test_a_server_of_this_table_is_found_by_its_owner() -> None:
             assert server_kind(Client(address)) == kind
             assert model_name(Client(address), None) == "run"
             assert model_name(Client(address), "another") == "another"
-    with serving(type("Server", (OpenAI,), {"do_GET": lambda self: self._answer({})})) as address:
-        assert server_kind(Client(address)) == "transformers"
-        with pytest.raises(SettingsError, match="does not serve any model"):
-            model_name(Client(address), None)
+    for nothing in ({}, {"data": None}, {"data": []}):
+        with serving(type("Server", (OpenAI,), {"do_GET": lambda self, what=nothing: self._answer(what)})) as address:
+            assert server_kind(Client(address)) == "transformers"
+            with pytest.raises(SettingsError, match="does not serve any model"):
+                model_name(Client(address), None)
 
 
 @pytest.mark.parametrize(
@@ -454,6 +598,60 @@ def test_answers_without_log_probabilities(server: str, answer: dict[str, Any], 
             return
         with pytest.raises(SettingsError, match=words):
             ask(client, "run", "q" * 45, CHOICES)
+
+
+def test_a_choice_with_a_token_of_unknown_probability() -> None:
+    """Its sum would be too large: it is not compared."""
+
+    class Partly(OpenAI):
+        def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+            answer = super().complete(body)
+            answer["choices"][0]["logprobs"]["token_logprobs"][-2] = None
+            return answer
+
+    with (
+        listening(Partly) as served,
+        pytest.raises(SettingsError, match="returns no log-probabilities of the choice 'Sorrowby'"),
+    ):
+        check(served)
+
+
+def test_what_servers_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of vLLM the prompt's own tokens, of llama.cpp one token a request, forced past every other sampler."""
+    post, asked = Client.post, list[tuple[str, dict[str, Any]]]()
+
+    def spy(client: Client, path: str, body: dict[str, Any]) -> Any:
+        asked.append((path, body))
+        return post(client, path, body)
+
+    monkeypatch.setattr(Client, "post", spy)
+    question = QUESTIONS[0]
+    with listening(OpenAI) as served:
+        WAYS["echo"](served.client, "run", question, CHOICES[:1])
+    same = {"model": "run", "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
+    prompts = (question, f"{question} {CHOICES[0]}")
+    assert asked == [("/v1/completions", {**same, "prompt": prompt}) for prompt in prompts]
+    asked.clear()
+    with listening(Llama) as served:
+        WAYS["forced"](served.client, "run", question, CHOICES[:1])
+    special = {"add_special": True, "parse_special": True}
+    assert asked[:2] == [("/tokenize", {"content": prompt, **special}) for prompt in prompts]
+    begin, count = len(tokens(question)), len(tokens(f" {CHOICES[0]}"))
+    same = {
+        "model": "run",
+        "n_predict": 1,
+        "n_probs": 1,
+        "samplers": ["top_k"],
+        "top_k": 1,
+        "cache_prompt": True,
+    }
+    assert len(asked) == 2 + count
+    for at, (path, body) in enumerate(asked[2:], begin):
+        ((token, bias),) = body.pop("logit_bias")
+        assert bias >= 1e9
+        prompt = body.pop("prompt")
+        assert (path, body, len(prompt)) == ("/completion", same, at)
+        assert token not in prompt
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 from job.errors import AccessDenied, JobError, SettingsError, Unreachable
 from job.storage.azure_connection_string import azure_variables
+from job.storage.credential_variables import check_variables, given, is_given
 from tests.s3_server import Request, server
 from tests.unit.storage.test_gcs_azure import answering, opened
 
@@ -90,6 +91,42 @@ def test_every_kind_of_credentials(
             monkeypatch.setenv(name, value)
         assert opened(scheme).read("a") is None
     assert any(proof in part for part in asked[0]), asked
+
+
+@pytest.mark.parametrize("name", ["a;b", "a=b", "a/b", "a b", "AccountName=a;AccountKey=QUFB"])
+def test_what_is_no_name_of_an_account(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """It is refused, without its text; where no store of Azure is used, it is not looked at; a line end is no part."""
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", name)
+    with pytest.raises(SettingsError, match="AZURE_STORAGE_ACCOUNT_NAME: is no name of a storage account") as caught:
+        check_variables("az")
+    assert name not in str(caught.value)
+    for scheme in ("gs", "s3"):
+        check_variables(scheme)
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", " acct\n")
+    check_variables("az")
+
+
+def test_every_variable_with_a_secret_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one error, so that all of them can be put right at once."""
+    names = ("AZURE_FEDERATED_TOKEN_FILE", "AZURE_STORAGE_ENDPOINT", "AZURE_AUTHORITY_HOST")
+    values = ("-----BEGIN PRIVATE KEY-----", "https://host/?sig=hunter2", "https://host/?sig=hunter2")
+    for name, value in zip(names, values, strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("GOOGLE_BASE_URL", "https://host/?sig=hunter2")
+    for scheme, named in (("az", names), ("gs", ("GOOGLE_BASE_URL",))):
+        with pytest.raises(SettingsError) as caught:
+            check_variables(scheme)
+        assert tuple(problem.where for problem in caught.value.problems) == named
+        assert "hunter2" not in str(caught.value)
+
+
+def test_which_variables_a_message_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are set; all of them where none is; an empty one is not set."""
+    for name, value in (("QLORA_A", "x"), ("QLORA_B", ""), ("QLORA_C", "y")):
+        monkeypatch.setenv(name, value)
+    assert [is_given(name) for name in ("QLORA_A", "QLORA_B", "QLORA_D")] == [True, False, False]
+    assert given("QLORA_A", "QLORA_B", "QLORA_C") == "QLORA_A or QLORA_C"
+    assert given("QLORA_B", "QLORA_D") == "QLORA_B or QLORA_D"
 
 
 def test_a_renewed_token_is_read_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,17 +7,20 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from job.cli.arguments import COMMANDS, parse_arguments
 from job.cli.main import main
 from job.cli.reading import reading
-from job.errors import Unreachable
+from job.errors import AccessDenied, Unreachable
 from job.planning.other_input_checks import check_other_inputs
 from job.settings.load import load_settings
 from job.storage import first_answer
 from job.storage.first_answer import answers_once, require_answers
+from job.storage.location import Location
 from job.storage.open import StorageOptions
 from tests.gcs_server import TOKEN, gcs_server
 from tests.s3_server import BUCKET
@@ -66,6 +69,47 @@ def test_a_store_is_asked_once(silent: list[socket.socket]) -> None:
     assert len(silent) == 2
     require_answers(["a/path"], StorageOptions())
     assert len(silent) == 2
+
+
+def test_which_stores_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each bucket of each cloud once, however many places are in it; no limit is higher than that of the settings."""
+    asked = list[tuple[str, str, float, int]]()
+
+    def open_store(location: Location, options: StorageOptions) -> SimpleNamespace:
+        asked.append((location.scheme, location.bucket, options.timeout_seconds, options.retries))
+
+        def tag(_key: str) -> None:
+            if location.bucket == "silent":
+                raise Unreachable("it says nothing of reading")
+            if location.bucket == "denied":
+                raise AccessDenied("not this one")
+
+        return SimpleNamespace(tag=tag)
+
+    monkeypatch.setattr(first_answer, "open_store", open_store)
+    places = [
+        "s3://one/x",
+        "s3://one/y",
+        "s3://two/x",
+        "gs://one/x",
+        "s3://denied/x",
+        "s3://denied/y",
+        "a/path",
+        "/a/path",
+    ]
+    require_answers([*places, "s3://"], StorageOptions())
+    assert [(scheme, bucket) for scheme, bucket, _, _ in asked] == [
+        ("s3", "one"),
+        ("s3", "two"),
+        ("gs", "one"),
+        ("s3", "denied"),
+    ]
+    assert {(seconds, tries) for _, _, seconds, tries in asked} == {(6.0, 4)}
+    require = answers_once(replace(StorageOptions(), timeout_seconds=2.5, retries=1))
+    for key in ("x", "y"):
+        with pytest.raises(Unreachable, match=f"^s3://silent/{key}: the store does not answer: it says nothing of re"):
+            require(f"s3://silent/{key}")
+    assert asked[4:] == [("s3", "silent", 2.5, 1)]
 
 
 def test_the_checks_of_a_plan_wait_once(silent: list[socket.socket]) -> None:
