@@ -16,7 +16,7 @@ from torch.distributed import DistBackendError
 
 from job.distributed import heartbeat, process_group
 from job.distributed.common_exit_code import announce_end
-from job.distributed.heartbeat import HeartbeatMonitor
+from job.distributed.heartbeat import Heartbeat, HeartbeatMonitor
 from job.distributed.process_group import ProcessGroup
 from job.distributed.ranks import Place
 from job.distributed.rendezvous import connect_store, host_store, keyspace
@@ -377,6 +377,17 @@ def test_one_process_of_each_machine_warns_of_a_first_one_that_is_stopped(
             monitor.check()
         found += [(second, line["at"], line["seconds"], line["at_most_seconds"]) for line in lines]
     assert found == warnings
+
+
+def test_the_heartbeat_is_faster_than_it_is_read_and_holds_up_no_end() -> None:
+    """Between two reads the number has changed; a process that ends by an error does not wait for its thread."""
+    assert 0 < heartbeat._PAUSE_SECONDS < process_group.CHECK_SECONDS
+    beating = Heartbeat(Counter())
+    before = {*threading.enumerate()}
+    beating.start()
+    started = {*threading.enumerate()} - before
+    beating.stop()
+    assert [(thread.name, thread.daemon) for thread in started] == [("heartbeat", True)]
 
 
 def test_a_short_limit_counts_pauses_of_all_processes_as_a_check(monkeypatch: pytest.MonkeyPatch) -> None:
