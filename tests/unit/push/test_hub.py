@@ -393,7 +393,11 @@ def test_tokens_that_may_not_write_are_refused_before_training(
         check_targets([HubTarget(REPO)])
     hub.role = "write"
     hub.create(REPO)
-    assert "may write to it" in check_targets([HubTarget(REPO)])["JOB_EXPORT__HUB"]
+    for private, words in ((True, "private"), (False, "public")):
+        hub.repositories[REPO].private = private
+        found = check_targets([HubTarget(REPO, private=False)])["JOB_EXPORT__HUB"]
+        assert found == f"{REPO} exists ({words}), and this token may write to it"
+    hub.repositories[REPO].private = True
     hub.refuse = lambda _method, path: 403 if path.endswith("/auth-check/write") else None
     with pytest.raises(AccessDenied, match="may not write"):
         check_targets([HubTarget(REPO)])

@@ -197,6 +197,12 @@ def test_a_registry_without_tls_is_told_from_an_unknown_certificate(monkeypatch:
         assert "accepts" in OciTarget(f"{address}/lab/model:first", plain_http=True).check()
 
 
+def test_a_port_that_is_none() -> None:
+    """It is a setting that is wrong, and no registry that is away."""
+    with pytest.raises(SettingsError, match=r"127\.0\.0\.1:99999/lab/model:first: InvalidURL"):
+        OciTarget("127.0.0.1:99999/lab/model:first").check()
+
+
 def test_addresses_of_one_place() -> None:
     """Credentials go where scheme, host and port are the registry's, with the default port written or not."""
     one = [oci._host(url) for url in ("https://a/v2/", "https://A:443/x", "https://a")]

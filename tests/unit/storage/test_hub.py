@@ -115,6 +115,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path, name: str) -> None:
     """A pipe, a device or a link to nothing in a model's folder is named; other names there do not matter."""
     (tmp_path / "other").symlink_to("/nowhere/at/all")
     (tmp_path / f"{name}.txt").symlink_to(__file__)
+    (tmp_path / "folder.json").mkdir()
     assert download_model(str(tmp_path), None) == (tmp_path, None)
     for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path)):
         make(tmp_path / name)

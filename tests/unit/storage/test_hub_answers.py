@@ -389,7 +389,12 @@ def test_another_revision_in_the_cache_is_not_read(monkeypatch: pytest.MonkeyPat
         as_dataset=lambda split: [{"split": split}, {"split": split}],
     )
     asked = list[tuple[str, str]]()
-    monkeypatch.setattr(huggingface_hub.HfApi, "resolve_revision", lambda *_, **__: SimpleNamespace(resolved=COMMIT))
+
+    def resolve(_self: object, source: str, *, repo_type: str, revision: str) -> SimpleNamespace:
+        asked.append((source, f"{repo_type} at {revision}"))
+        return SimpleNamespace(resolved=COMMIT)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "resolve_revision", resolve)
 
     def load_dataset_builder(source: str, revision: str) -> SimpleNamespace:
         asked.append((source, revision))
@@ -397,7 +402,7 @@ def test_another_revision_in_the_cache_is_not_read(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset_builder=load_dataset_builder))
     commit, rows = open_dataset("lab/x", "main", "test", "my data")
-    assert (commit, asked) == (COMMIT, [("lab/x", COMMIT)])
+    assert (commit, asked) == (COMMIT, [("lab/x", "dataset at main"), ("lab/x", COMMIT)])
     assert [(row.where, row.fields) for row in rows] == [
         ("my data:row 1", {"split": "test"}),
         ("my data:row 2", {"split": "test"}),
