@@ -159,11 +159,11 @@ NOT_DRAWN = (
     *("preset", "run.grace_seconds", "run.max_idle_attempts", "run.processes", "run.nodes", "run.node_rank"),
     *("run.rendezvous", "run.image_digest", "train.stall_seconds", "data.split", "data.sft_split"),
     *("data.validation_split", "data.sft_validation_split", "eval.judge_model", "eval.judge_key", "gate.baseline"),
-    *("export.hub", "export.hub_revision", "export.hub_private", "export.oci", "export.oci_plain_http", "log.level"),
-    *("log.trackers", "metrics.port", "metrics.pod_annotation", "notify.webhook", "cost.usd_per_hour"),
+    *("export.hub", "export.hub_revision", "export.hub_private", "export.oci", "export.oci_plain_http", "export.run"),
+    *("log.level", "log.trackers", "metrics.port", "metrics.pod_annotation", "notify.webhook", "cost.usd_per_hour"),
     *("cost.on_demand_usd_per_hour",),
 )
-"""Settings of other machines, servers and splits, which have tests of their own; so have revisions, stores and keys."""
+"""Settings of other machines, servers, runs and splits, with tests of their own; so have revisions, stores and keys."""
 NEEDS: Mapping[str, str] = {
     **dict.fromkeys(("train.keep", "train.validate_every_steps", "train.stop_after"), "data.validation"),
     **dict.fromkeys(

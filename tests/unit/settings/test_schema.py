@@ -23,6 +23,7 @@ from job.settings.markers import (
 )
 from job.settings.presets import PRESETS
 from job.settings.schema import NAMES, READING
+from tests.chaos import combinations
 
 
 def own_markers(name: str) -> list[object]:
@@ -120,3 +121,8 @@ def test_messages_spell_a_setting_in_one_way() -> None:
         if dotted.search(text)
     ]
     assert wrong == []
+
+
+def test_random_combinations_take_in_every_setting() -> None:
+    """`make combinations` draws each setting, or its script says why not: a new one is not forgotten there."""
+    assert set(combinations.pool()) <= set(NAMES)
